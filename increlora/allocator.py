@@ -1,0 +1,107 @@
+"""When ranks are added, how many, and to which matrices: names and numbers, no tensors.
+
+Paper section 3.2, algorithm 1: every `interval` steps after `init_warmup` the `top_h` matrices with
+the highest score grow by `rank_step`, until the ranks sum to the budget, target_rank * matrices.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from increlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """The growth schedule of one run.
+
+    Args:
+        matrices: number of adapted matrices.
+        init_rank, target_rank: rank of every matrix at the start; average rank at the end.
+        rank_step: ranks that a chosen matrix gains.
+        top_h: matrices chosen per growth.
+        interval, init_warmup: growth at steps t > init_warmup with t % interval == 0.
+
+    Raises:
+        UserError: a value is out of range, or the budget cannot be reached in whole rank steps.
+    """
+
+    matrices: int
+    init_rank: int
+    target_rank: int
+    rank_step: int
+    top_h: int
+    interval: int
+    init_warmup: int
+
+    def __post_init__(self) -> None:
+        for name in ("matrices", "init_rank", "target_rank", "rank_step", "top_h", "interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"method.{name} must be at least 1, it is {getattr(self, name)}")
+        if self.init_warmup < 0:
+            raise UserError(f"method.init_warmup must not be negative, it is {self.init_warmup}")
+        if self.target_rank < self.init_rank:
+            raise UserError(
+                f"the budget is below the start: target_rank {self.target_rank} < init_rank {self.init_rank}. "
+                "Raise method.target_rank or lower method.init_rank."
+            )
+        if self.needed % self.rank_step:
+            raise UserError(
+                f"the budget cannot be reached in whole rank steps: {self.matrices} matrices x (target_rank "
+                f"{self.target_rank} - init_rank {self.init_rank}) = {self.needed} ranks, method.rank_step is "
+                f"{self.rank_step}. Choose a rank_step that divides {self.needed}."
+            )
+
+    @property
+    def budget(self) -> int:
+        """Sum of ranks at the end."""
+        return self.target_rank * self.matrices
+
+    @property
+    def needed(self) -> int:
+        """Ranks to add over the run."""
+        return (self.target_rank - self.init_rank) * self.matrices
+
+    def spent(self, total_rank: int) -> bool:
+        return total_rank >= self.budget
+
+    def due(self, step: int, total_rank: int) -> bool:
+        """Whether ranks are added at this step (optimizer steps already taken)."""
+        return step > self.init_warmup and step % self.interval == 0 and not self.spent(total_rank)
+
+    def choose(self, candidates: Sequence[str], scores: Mapping[str, float], total_rank: int) -> list[str]:
+        """The matrices that grow now, in model order; never more than the budget has room for.
+
+        Args:
+            candidates: all matrices, in model order; a tie goes to the earlier one.
+        """
+        room = (self.budget - total_rank) // self.rank_step
+        best = set(sorted(candidates, key=lambda name: -scores[name])[: min(self.top_h, room)])
+        return [name for name in candidates if name in best]
+
+    def growth_steps(self) -> list[int]:
+        """The steps at which ranks are added."""
+        if not self.needed:
+            return []
+        rounds = -(-self.needed // (self.rank_step * min(self.top_h, self.matrices)))
+        first = (self.init_warmup // self.interval + 1) * self.interval
+        return [first + i * self.interval for i in range(rounds)]
+
+    def check(self, total_steps: int) -> None:
+        """Refuse a schedule whose last growth would get no training step.
+
+        Raises:
+            UserError: with the numbers that do not fit.
+        """
+        steps = self.growth_steps()
+        if steps and steps[-1] + 1 >= total_steps:
+            raise UserError(
+                f"the growth schedule does not fit: {len(steps)} growths, steps {steps[0]} to {steps[-1]}, in "
+                f"{total_steps} training steps (interval {self.interval}, top_h {self.top_h}, rank_step "
+                f"{self.rank_step}, budget {self.budget}). Lower method.interval or raise method.top_h or train.epochs."
+            )
+
+
+def smallest_top_h(needed: int, rank_step: int, interval: int, init_warmup: int, total_steps: int) -> int:
+    """The smallest top_h with which growth ends in the first half of training (published recipes: 32 to 41 %)."""
+    rounds = max(1, total_steps // 2 // interval - init_warmup // interval)
+    return max(1, -(-needed // (rank_step * rounds)))

@@ -1,0 +1,9 @@
+"""The one exception that is addressed to the person at the keyboard."""
+
+
+class UserError(Exception):
+    """Bad input, said in one or two lines: what is wrong, where, and what to do about it.
+
+    `run.py` and the scripts print the message and leave with exit code 2; only a request for a
+    traceback (`HYDRA_FULL_ERROR=1`) shows one. Anything else that escapes is a defect of ours.
+    """

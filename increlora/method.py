@@ -1,0 +1,173 @@
+"""The interface between a fine-tuning method and the training loop.
+
+A method changes the model in place and says what should change in training; the loop applies it.
+It never sees the optimizer, scheduler, tracker, configuration, task or device:
+
+    method.prepare(model, total_steps)                     # inject, set requires_grad
+    optimizer = AdamW(method.param_groups(model))
+    for step in range(total_steps):                        # step = optimizer steps already taken
+        set the learning rate of every group from (step, its `born`)
+        method.begin_step(step)                            # arm what this step's gradients must tell
+        for micro_batch in batch:
+            (task_loss + method.extra_loss()).backward()
+        clip gradients; if they are not finite, try the next batch for the same step
+        for group in method.before_step(step):             # gradients ready, weights old: growth
+            optimizer.add_param_group({"born": step + 1, **group})
+        optimizer.step()
+        method.after_step(step)                            # weights new, gradients alive: pruning
+        optimizer.zero_grad()
+
+The base class is full fine-tuning.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from increlora import surgery
+from increlora.errors import UserError
+
+
+@dataclass
+class Allocation:
+    """One change of ranks: after which step, how many ranks each matrix gained, and the scores that decided."""
+
+    step: int
+    added: dict[str, int]
+    scores: dict[str, float]
+
+
+@dataclass
+class Method:
+    """Full fine-tuning, and the interface that every method implements.
+
+    Dataclass fields are the keys of `configs/method/<name>.yaml`.
+
+    Args:
+        name: the method's name in results and tables.
+        kinds: kind of matrix -> regular expression over module names (from the backbone).
+        head: regular expression over parameter names: the freshly initialised part that every method
+            trains and no budget counts (pooler and classifier).
+        matrices: the kinds to adapt; None adapts all of `kinds`.
+        seed: seed of the method's own random streams.
+    """
+
+    name: str = "full"
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    head: str = r".*(pooler|classifier)\..*"
+    matrices: list[str] | None = None
+    seed: int = 0
+    allocations: list[Allocation] = field(default_factory=list, init=False, repr=False)
+
+    def prepare(self, model: nn.Module, total_steps: int) -> None:
+        """Inject the method into `model` in place and set `requires_grad`; call once, before the optimizer.
+
+        Raises:
+            UserError: the model or the number of steps does not fit the method.
+        """
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups of (name, parameter) pairs; `decay` says whether weight decay applies.
+
+        By default everything that requires a gradient; biases and normalisation weights do not decay.
+        """
+        groups: list[dict[str, Any]] = [{"params": [], "decay": True}, {"params": [], "decay": False}]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[0 if decays(name, parameter) else 1]["params"].append((name, parameter))
+        return [group for group in groups if group["params"]]
+
+    def begin_step(self, step: int, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
+        """Called before the first forward of a step, and again if the step is retried on another batch.
+
+        Args:
+            step: optimizer steps already taken.
+            micro_batches: number of backward passes in this step.
+            loss_scale: factor by which the loss is multiplied before backward (fp16).
+        """
+
+    def extra_loss(self) -> Tensor | float:
+        """Regulariser to add to the training loss once per step; never part of a reported task loss."""
+        return 0.0
+
+    def before_step(self, step: int) -> list[dict[str, Any]]:
+        """Gradients are ready, weights are old: returns parameter groups to add (growth)."""
+        return []
+
+    def after_step(self, step: int) -> None:
+        """Weights are new, gradients alive (AdaLoRA prunes here)."""
+
+    def ranks(self) -> dict[str, int]:
+        """Rank of every adapted matrix by module name, in model order; empty where ranks mean nothing."""
+        return {}
+
+    def scores(self) -> dict[str, float]:
+        """Current importance score of every adapted matrix; empty where there is none."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """What the tracker logs of the method, by W&B key."""
+        ranks = self.ranks()
+        values = {f"rank/{matrix}": float(rank) for matrix, rank in ranks.items()}
+        values |= {f"score/{matrix}": score for matrix, score in self.scores().items()}
+        return values | ({"budget/total_rank": float(sum(ranks.values()))} if ranks else {})
+
+    def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
+        """Number of trained parameters: `update` (counted by the budget), `reserve`, `head`, and all of the model as `total`."""
+        head = {name for name, _ in self.head_parameters(model)}
+        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        in_head = sum(count for name, count in trained.items() if name in head)
+        total = sum(p.numel() for p in model.parameters())
+        return {"update": sum(trained.values()) - in_head, "reserve": 0, "head": in_head, "total": total}
+
+    def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Every tensor that, put over the pretrained weights, gives the trained model back."""
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Structure and state of the method itself (JSON values and tensors), without the model's weights."""
+        return {"allocations": [vars(allocation) for allocation in self.allocations]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rebuild structure and state on a prepared model; the weights are loaded afterwards, by name."""
+        self.allocations = [Allocation(**allocation) for allocation in state["allocations"]]
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the update into the model's own layers in place; outputs stay the same."""
+
+    # shared by the methods that adapt chosen matrices
+
+    def head_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """The head's parameters by name."""
+        return [(name, p) for name, p in model.named_parameters() if re.fullmatch(self.head, name)]
+
+    def adapted_matrices(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The linear layers to adapt, by name, in model order."""
+        unknown = sorted(set(self.matrices or []) - set(self.kinds))
+        if unknown:
+            raise UserError(
+                f"method.matrices names {', '.join(unknown)}; the backbone has: {', '.join(self.kinds) or 'none'}"
+            )
+        return surgery.find_matrices(model, {k: self.kinds[k] for k in self.matrices or self.kinds})
+
+    def freeze_all_but_head(self, model: nn.Module) -> None:
+        """Freeze the encoder, train pooler and classifier."""
+        surgery.freeze(model)
+        surgery.unfreeze_matching(model, self.head)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to biases nor to normalisation weights (vectors called `weight`)."""
+    leaf = name.rpartition(".")[2]
+    return leaf != "bias" and not (leaf == "weight" and parameter.ndim == 1)
+
+
+def named(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    """The given parameters with their names in `model`, in model order."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]

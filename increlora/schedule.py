@@ -1,0 +1,18 @@
+"""Learning rate with restart warmup, a pure function of the step (paper section 3.4)."""
+
+
+def multiplier(step: int, born: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor on the peak learning rate for parameters that were born at step `born`.
+
+    Linear warmup over `warmup_steps` of their own, then linear decay to 0 at the same last step as
+    everything else:
+
+        age / warmup                       if age < warmup,  age = step - born
+        (life - age) / (life - warmup)     otherwise,        life = total_steps - born
+    """
+    age, life = step - born, total_steps - born
+    if age < 0:
+        return 0.0
+    if age < warmup_steps:
+        return age / warmup_steps
+    return max(0.0, (life - age) / max(1, life - warmup_steps))

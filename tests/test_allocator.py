@@ -1,0 +1,93 @@
+"""Budget, due steps, ties and model order, by hand-computed numbers."""
+
+import pytest
+
+from increlora.allocator import Allocator, smallest_top_h
+from increlora.errors import UserError
+
+
+def allocator(**changes) -> Allocator:
+    given = dict(matrices=72, init_rank=1, target_rank=2, rank_step=1, top_h=5, interval=100, init_warmup=100)
+    return Allocator(**(given | changes))
+
+
+def test_first_growth_is_at_twice_the_interval_when_warmup_equals_it():
+    due = [step for step in range(501) if allocator().due(step, 72)]
+    assert due == [200, 300, 400, 500]
+
+
+def test_growth_steps_of_rte_r2():
+    # 72 ranks to add, 5 per growth: 15 growths
+    assert allocator().growth_steps() == list(range(200, 1700, 100))
+
+
+@pytest.mark.parametrize(
+    ("rank_step", "top_h", "rounds"),
+    [(4, 9, 14), (4, 10, 13), (1, 18, 28), (4, 22, 6)],  # RTE, MRPC, MNLI, QNLI at r8: 504 ranks to add
+)
+def test_growth_steps_at_r8(rank_step, top_h, rounds):
+    assert len(allocator(target_rank=8, rank_step=rank_step, top_h=top_h).growth_steps()) == rounds
+
+
+def test_nothing_is_due_once_the_budget_is_spent():
+    assert not allocator().due(200, 144)
+
+
+def test_the_highest_scores_win_and_grow_in_model_order():
+    small = allocator(matrices=4, target_rank=3, top_h=2)
+    assert small.choose(list("abcd"), {"a": 0.1, "b": 0.4, "c": 0.2, "d": 0.9}, 4) == ["b", "d"]
+
+
+def test_a_tie_goes_to_the_earlier_matrix():
+    small = allocator(matrices=4, target_rank=3, top_h=2)
+    assert small.choose(list("abcd"), {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.9}, 4) == ["a", "d"]
+
+
+def test_the_last_round_takes_only_what_there_is_room_for():
+    # r8 MRPC of the authors' script: 10 matrices x 4 ranks per growth run over 576; 72 + 12 * 40 = 552, room for 6
+    mrpc = allocator(target_rank=8, rank_step=4, top_h=10)
+    names = [f"m{i:02d}" for i in range(72)]
+    scores = {name: float(i) for i, name in enumerate(names)}
+    chosen = mrpc.choose(names, scores, 552)
+    assert chosen == names[-6:]
+    assert 552 + 4 * len(chosen) == mrpc.budget == 576
+
+
+def test_budget_is_hit_exactly_from_any_top_h():
+    for top_h in range(1, 80):
+        it, total = allocator(target_rank=8, rank_step=4, top_h=top_h), 72
+        names = [str(i) for i in range(72)]
+        for step in it.growth_steps():
+            assert it.due(step, total)
+            total += 4 * len(it.choose(names, dict.fromkeys(names, 0.0), total))
+        assert total == it.budget and not it.due(step + 100, total)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_rank": 1, "init_rank": 2}, "below the start"),
+        (
+            {"target_rank": 2, "rank_step": 5},
+            "72 matrices x (target_rank 2 - init_rank 1) = 72 ranks, method.rank_step is 5",
+        ),
+        ({"top_h": 0}, "method.top_h must be at least 1"),
+        ({"interval": 0}, "method.interval must be at least 1"),
+        ({"init_warmup": -1}, "init_warmup must not be negative"),
+    ],
+)
+def test_impossible_values_are_refused_with_their_numbers(changes, said):
+    with pytest.raises(UserError) as error:
+        allocator(**changes)
+    assert said in str(error.value)
+
+
+def test_a_last_growth_after_the_last_step_is_refused():
+    allocator().check(1602)  # growth at 1600, one step (1601) left to train it
+    with pytest.raises(UserError, match="15 growths, steps 200 to 1600, in 1601 training steps"):
+        allocator().check(1601)
+
+
+def test_the_default_top_h_ends_growth_in_the_first_half():
+    # 1000 steps, interval 100: growths at 200, 300, 400, 500 -> 18 matrices each
+    assert smallest_top_h(72, 1, 100, 100, 1000) == 18
