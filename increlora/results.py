@@ -1,0 +1,201 @@
+"""One result file per run: made, written atomically, read back, shown."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from increlora.errors import UserError
+from increlora.surgery import rank_map
+from increlora.tasks import TaskData
+from increlora.train import Evaluation, Outcome
+
+FILE_NAME = "result.json"
+PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
+
+
+def build(
+    run: Mapping[str, Any],
+    config: Mapping[str, Any],
+    data: TaskData,
+    outcome: Outcome,
+    device: str,
+) -> dict[str, Any]:
+    """The content of a result file.
+
+    Scores, ranks and parameters of `best` (on the primary evaluation split), `last` and, with a
+    held-out part of train, `clean` (chosen there, scored on the primary split) come from one and the
+    same checkpoint each.
+    """
+    primary = next(iter(data.evaluation))
+    chosen = {"best": outcome.best(primary), "last": outcome.curve[-1] if outcome.curve else None}
+    if "holdout" in data.evaluation:
+        chosen["clean"] = outcome.best("holdout")
+    chosen = {name: evaluation for name, evaluation in chosen.items() if evaluation is not None}
+    return {
+        "status": outcome.status,
+        "run": dict(run),
+        "code": code_state(device),
+        "data": {
+            "source": data.source,
+            "sizes": data.sizes,
+            "fingerprint": data.fingerprint,
+            "truncated": data.truncated,
+            "skipped": data.skipped,
+        },
+        "config": dict(config),
+        "parameters": {name: evaluation.parameters for name, evaluation in chosen.items()},
+        "scores": {name: _score(evaluation, primary) for name, evaluation in chosen.items()},
+        "ranks": {"start": outcome.start_ranks} | {name: evaluation.ranks for name, evaluation in chosen.items()},
+        "curve": [_point(evaluation) for evaluation in outcome.curve],
+        "allocations": outcome.allocations,
+        "cost": outcome.cost,
+        "skipped_steps": outcome.skipped_steps,
+    }
+
+
+def _score(evaluation: Evaluation, primary: str) -> dict[str, Any]:
+    return {
+        "score": evaluation.scores[primary]["score"],
+        "step": evaluation.step,
+        "metrics": evaluation.scores,
+    }
+
+
+def _point(evaluation: Evaluation) -> dict[str, Any]:
+    point = asdict(evaluation)
+    point["total_rank"] = sum(point.pop("ranks").values())
+    del point["parameters"]
+    return point
+
+
+def code_state(device: str) -> dict[str, Any]:
+    """Commit, whether the tree is dirty, versions of what computes, and the machine's kind."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": device,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
+    """Write the result file whole or not at all."""
+    path = run_dir / FILE_NAME
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One result file.
+
+    Raises:
+        UserError: it is not there or is not a result file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the result file {path}: {error}") from None
+
+
+def stored(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run of this configuration, None if there is none yet.
+
+    Raises:
+        UserError: the directory holds the result of another configuration.
+    """
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return None
+    result = read(path)
+    changed = _changed_keys(result["config"], config)
+    if changed:
+        raise UserError(
+            f"{path} is the result of another configuration (it differs in {', '.join(changed[:5])}). "
+            "Run with overwrite=true to replace it, or with another run_dir."
+        )
+    return result
+
+
+def _changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return [] if a == b else [prefix]
+    missing = object()
+    keys = [*a, *(key for key in b if key not in a)]
+    return [
+        path
+        for key in keys
+        for path in _changed_keys(a.get(key, missing), b.get(key, missing), f"{prefix}.{key}".lstrip("."))
+    ]
+
+
+def load_runs(root: Path) -> list[dict[str, Any]]:
+    """Every result below a folder, in order of their paths."""
+    return [
+        read(path) for path in sorted(root.rglob("*.json")) if path.name == FILE_NAME or path.stem.startswith("seed")
+    ]
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """What a person wants to know of a finished run: scores, ranks before and after, cost."""
+    run, scores, cost = result["run"], result["scores"], result["cost"]
+    lines = [
+        f"{run['task']} / {run['method']} / {run['budget']} / {run['backbone']} / seed {run['seed']}: {result['status']}"
+    ]
+    for name, score in scores.items():
+        metrics = {m: v for split in score["metrics"].values() for m, v in split.items() if m not in ("score", "loss")}
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        lines.append(f"  {name:5s} score {score['score']:.4f} at step {score['step']} ({shown})")
+    if result["parameters"].get("last"):
+        lines.append("  parameters: " + ", ".join(f"{k} {v:,}" for k, v in result["parameters"]["last"].items()))
+    lines.append(f"  {cost['steps']} steps in {cost['seconds']:.0f} s, padding {padding_share(cost):.1%}")
+    if result["ranks"].get("last"):
+        lines += ["  ranks before -> after (rows: layers)", *_rank_table(result)]
+    return "\n".join(lines)
+
+
+def padding_share(cost: Mapping[str, float]) -> float:
+    """Padded tokens beyond real ones, as a share of the real ones."""
+    return cost["padded_tokens"] / max(1, cost["tokens"])
+
+
+def _rank_table(result: Mapping[str, Any]) -> list[str]:
+    kinds = result["config"]["method"]["kinds"]
+    layers, names, before = rank_map(result["ranks"]["start"], kinds)
+    after = rank_map(result["ranks"]["last"], kinds)[2]
+    width = max(len(name) for name in names) + 2
+    rows = ["  layer" + "".join(name.rjust(width) for name in names)]
+    for layer, old, new in zip(layers, before, after, strict=True):
+        rows.append(f"  {layer:5d}" + "".join(f"{a} -> {b}".rjust(width) for a, b in zip(old, new, strict=True)))
+    totals = sum(map(sum, before)), sum(map(sum, after))
+    return [*rows, f"  total rank {totals[0]} -> {totals[1]}"]

@@ -1,0 +1,176 @@
+"""What is recorded while a run trains: JSON lines in the run directory, mirrored to Weights & Biases.
+
+The local file is the truth; W&B gets the same values in one call per step and may fail without harm.
+"""
+
+import io
+import json
+import logging
+import netrc
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from increlora.surgery import rank_map
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """JSON lines only: one object per line of `metrics.jsonl`, with `step`, `seconds` and the values."""
+
+    def start(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Open the record of a run.
+
+        Args:
+            run: identity of the run (backbone, budget, method, task, seed, ...).
+            config: the resolved configuration.
+        """
+        self.path = run_dir / "metrics.jsonl"
+        self.kinds = config["method"]["kinds"]
+        self.started = time.perf_counter()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float], ranks: Mapping[str, int] | None = None) -> None:
+        """Record one step; call once per step.
+
+        Args:
+            step: optimizer steps taken.
+            values: by W&B key; an empty mapping without ranks records nothing.
+            ranks: rank of every matrix, given at the steps at which ranks changed.
+        """
+        if not values and ranks is None:
+            return
+        line = {"step": step, "seconds": round(time.perf_counter() - self.started, 3), **values}
+        if ranks is not None:
+            line["ranks"] = dict(ranks)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Close the record; `status` is finished, diverged or failed."""
+        self.file.write(json.dumps({"status": status, **summary}) + "\n")
+        self.file.close()
+
+    def where(self) -> list[str]:
+        """Lines that tell a person where the records lie."""
+        return [f"local record: {self.path}"]
+
+
+class WandbTracker(Tracker):
+    """The local record, mirrored to Weights & Biases.
+
+    Args:
+        project, entity, tags: as in `wandb.init`.
+        mode: online, offline, disabled, or auto: online where an API key and the network are there.
+    """
+
+    def __init__(
+        self,
+        project: str = "increlora",
+        entity: str | None = None,
+        tags: list[str] | None = None,
+        mode: str = "auto",
+    ):
+        self.project, self.entity, self.tags = project, entity, list(tags or [])
+        self.mode = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
+
+    def start(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        super().start(run_dir, run, config)
+        self.run = None
+        self._mirror(lambda: self._init(run_dir, run, config))
+
+    def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            dir=run_dir,
+            mode=self.mode,
+            name="-".join(str(run[key]) for key in ("task", "method", "budget", "backbone", "seed")),
+            group="-".join(str(run[key]) for key in ("task", "method", "budget", "backbone")),
+            tags=[*self.tags, *(str(run[key]) for key in ("task", "method", "budget", "backbone"))],
+            config={"run": dict(run), **config},
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric("eval/score", summary="max")
+
+    def log(self, step: int, values: Mapping[str, float], ranks: Mapping[str, int] | None = None) -> None:
+        super().log(step, values, ranks)
+        if values or ranks is not None:
+            self._mirror(lambda: self.run.log({"step": step, **values, **self._rank_media(ranks)}, step=step))
+
+    def _rank_media(self, ranks: Mapping[str, int] | None) -> dict[str, Any]:
+        """The rank heat map, layer x matrix, as an image and as a table."""
+        if not ranks:
+            return {}
+        import wandb
+
+        layers, kinds, cells = rank_map(ranks, self.kinds)
+        table = wandb.Table(columns=["layer", *kinds], data=[[n, *row] for n, row in zip(layers, cells, strict=True)])
+        return {"rank_map/image": wandb.Image(_draw(layers, kinds, cells)), "rank_map/table": table}
+
+    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        super().finish(status, summary)
+        self._mirror(lambda: self._finish(status, summary))
+
+    def _finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        self.run.summary.update({"status": status, **summary})
+        self.run.finish(exit_code=0 if status == "finished" else 1)
+
+    def where(self) -> list[str]:
+        if self.run is None:
+            return [*super().where(), "W&B: off (see the warning above)"]
+        if self.mode == "offline":
+            folder = Path(self.run.settings.sync_dir)
+            return [*super().where(), f"W&B (offline): {folder}", f"to upload it later: wandb sync {folder}"]
+        return [*super().where(), f"W&B: {self.run.url or self.mode}"]
+
+    def _mirror(self, call) -> None:
+        """Run a W&B call; a failure ends the mirroring, not the training."""
+        if self.mode == "disabled":
+            return
+        try:
+            call()
+        except Exception as error:  # whatever a third party's client raises must not cost a run
+            self.mode, self.run = "disabled", None
+            log.warning("W&B failed (%s: %s); the local record goes on in %s", type(error).__name__, error, self.path)
+
+
+def _online() -> bool:
+    """Whether W&B has an API key and can be reached within two seconds."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
+        if not key:
+            return False
+        socket.create_connection((host, 443), timeout=2).close()
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return True
+
+
+def _draw(layers: list[int], kinds: list[str], cells: list[list[int]]):
+    """The rank map as a small picture."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(1 + 0.45 * len(layers), 0.6 + 0.35 * len(kinds)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow([list(row) for row in zip(*cells, strict=True)], cmap="viridis", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("layer")
+    for x, row in enumerate(cells):
+        for y, rank in enumerate(row):
+            axes.text(x, y, str(rank), ha="center", va="center", color="white", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer)
