@@ -69,15 +69,20 @@ class IncreLoRA(Method):
         self.allocator = self.schedule(len(bases), total_steps)
         self.freeze_all_but_head(model)
         self.linears: dict[str, IncrementalLinear] = {}
+        ranks = self.start_ranks(list(bases))
         for name, base in bases.items():
             linear = IncrementalLinear(base, self.alpha, self.dropout, self.rank_epsilon)
             self.linears[name] = linear
-            for _ in range(self.init_rank):
+            for _ in range(ranks[name]):
                 linear.components.append(self._new_component(name, 1, 0.0))
-            linear.active = self.init_rank
+            linear.active = ranks[name]
             surgery.replace(model, name, linear)
         self.importance = ImportanceScore(list(bases), self.beta1, self.beta2)
         self.watchers: list[DeltaGradient] = []
+
+    def start_ranks(self, matrices: list[str]) -> dict[str, int]:
+        """The rank of every matrix at the start, at least 1."""
+        return dict.fromkeys(matrices, self.init_rank)
 
     def schedule(self, matrices: int, total_steps: int) -> Allocator:
         """The growth schedule for a model with this many matrices.
@@ -129,7 +134,7 @@ class IncreLoRA(Method):
         return self._grow(step) if self.allocator.due(step, self.total_rank) else []
 
     def _grow(self, step: int) -> list[dict[str, Any]]:
-        scores = self.scores()
+        scores = self.deciding_scores(step)
         chosen = self.allocator.choose(list(self.linears), scores, self.total_rank)
         parameters: list[nn.Parameter] = []
         for name in chosen:
@@ -139,6 +144,10 @@ class IncreLoRA(Method):
             for linear in self.linears.values():
                 linear.silence_reserve()
         return self._group(parameters)
+
+    def deciding_scores(self, step: int) -> dict[str, float]:
+        """The score of every matrix by which this growth chooses."""
+        return self.scores()
 
     def _activate(self, name: str) -> list[nn.Parameter]:
         component = self.linears[name].activate_reserve()
@@ -170,6 +179,13 @@ class IncreLoRA(Method):
 
     def ranks(self) -> dict[str, int]:
         return {name: linear.rank for name, linear in self.linears.items()}
+
+    def planned_ranks(self) -> dict[int, int]:
+        allocator, plan = self.allocator, super().planned_ranks()
+        for step in allocator.growth_steps():
+            grown = allocator.rank_step * min(allocator.top_h, allocator.matrices)
+            plan[step] = min(allocator.budget, plan[max(plan)] + grown)
+        return plan
 
     def scores(self) -> dict[str, float]:
         return self.importance.scores()

@@ -23,7 +23,7 @@ The base class is full fine-tuning.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -53,7 +53,11 @@ class Method:
             trains and no budget counts (pooler and classifier).
         matrices: the kinds to adapt; None adapts all of `kinds`.
         seed: seed of the method's own random streams.
+
+    `can_merge` says whether `merge` can fold the update into the model's own layers.
     """
+
+    can_merge: ClassVar[bool] = True
 
     name: str = "full"
     kinds: Mapping[str, str] = field(default_factory=dict)
@@ -106,6 +110,11 @@ class Method:
         """Rank of every adapted matrix by module name, in model order; empty where ranks mean nothing."""
         return {}
 
+    def planned_ranks(self) -> dict[int, int]:
+        """Total rank by the step from which it holds, foreseen after `prepare`; empty where ranks mean nothing."""
+        ranks = self.ranks()
+        return {0: sum(ranks.values())} if ranks else {}
+
     def scores(self) -> dict[str, float]:
         """Current importance score of every adapted matrix; empty where there is none."""
         return {}
@@ -118,7 +127,7 @@ class Method:
         return values | ({"budget/total_rank": float(sum(ranks.values()))} if ranks else {})
 
     def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
-        """Number of trained parameters: `update` (counted by the budget), `reserve`, `head`, and all of the model as `total`."""
+        """Parameters that train: `update` (what the budget counts), `reserve` and `head`; `total` is the whole model."""
         head = {name for name, _ in self.head_parameters(model)}
         trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         in_head = sum(count for name, count in trained.items() if name in head)
@@ -138,7 +147,11 @@ class Method:
         self.allocations = [Allocation(**allocation) for allocation in state["allocations"]]
 
     def merge(self, model: nn.Module) -> None:
-        """Fold the update into the model's own layers in place; outputs stay the same."""
+        """Fold the update into the model's own layers in place; outputs stay the same.
+
+        Raises:
+            UserError: it cannot be folded (`can_merge` is False).
+        """
 
     # shared by the methods that adapt chosen matrices
 

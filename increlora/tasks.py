@@ -99,6 +99,7 @@ class Task:
             the hub's QQP does; otherwise both are errors.
         head_dropout: dropout before the classifier (applied by the backbone).
         data_dir: folder of TSV files; None reads the hub.
+        train_examples: published size of train, to plan with (scripts/describe.py); the data has the last word.
         holdout: share of train held out as the split `holdout`.
         train_fraction: share of train used at all; drawn before `holdout`, smaller shares are subsets.
         seed: of the choice of `holdout` and `train_fraction`, of nothing else.
@@ -120,6 +121,7 @@ class Task:
     lenient: bool = False
     head_dropout: float = 0.0
     data_dir: str | None = None
+    train_examples: int | None = None
     holdout: float = 0.0
     train_fraction: float = 1.0
     seed: int = 0
@@ -141,10 +143,11 @@ class Task:
     # training and evaluation
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss in fp32: cross-entropy of (batch, classes) logits, squared error of (batch, 1) scores."""
+        """Mean loss in at least fp32: cross-entropy of (batch, classes) logits, squared error of (batch, 1) scores."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.labels is None:
-            return F.mse_loss(logits.float().squeeze(-1), labels.float())
-        return F.cross_entropy(logits.float(), labels)
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
 
     def predict(self, logits: Tensor) -> Tensor:
         """Class ids, or scores, of shape (batch,)."""

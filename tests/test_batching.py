@@ -49,10 +49,8 @@ def test_equal_sizes_and_every_example(count):
 
 
 def test_the_filling_comes_from_the_epochs_start_and_changes_with_it():
-    filled = [
-        {i for i, times in Counter(sum(epoch_batches([3] * 40, 32, 1, epoch), [])).items() if times > 1}
-        for epoch in range(3)
-    ]
+    counts = [Counter(i for batch in epoch_batches([3] * 40, 32, 1, epoch) for i in batch) for epoch in range(3)]
+    filled = [{i for i, times in count.items() if times > 1} for count in counts]
     assert all(len(twice) == 24 for twice in filled)
     assert filled[0] != filled[1] != filled[2]
 

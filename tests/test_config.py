@@ -64,7 +64,7 @@ def test_recipes_say_what_the_authors_scripts_say(task, budget):
 
 
 def test_every_recipe_path_names_real_groups():
-    for path in (CONFIGS / "recipe").rglob("*.yaml"):
+    for path in (CONFIGS / "recipe").glob("*/*/*.yaml"):  # recipe/common/<task>.yaml is shared by several
         method, budget, task = path.relative_to(CONFIGS / "recipe").with_suffix("").parts
         assert method in choices("method") and budget in choices("budget") and task in choices("task"), path
         assert path.read_text().startswith("# @package _global_\n"), path
