@@ -2,9 +2,11 @@
 
     python run.py task=mnli method=increlora
 
-`python run.py --help` lists the groups and every key.
+`python run.py --cfg job` shows every key. A run that was cut off continues when it is asked for again;
+a finished one returns its stored result. Several processes: `torchrun --nproc-per-node N run.py ...`.
 """
 
+import contextlib
 from pathlib import Path
 
 import hydra
@@ -26,30 +28,51 @@ def main(cfg: DictConfig) -> float | None:
         result, where = train(cfg, run, run_dir, resolved)
     else:
         where = [f"this run was finished before (overwrite=true runs it again): {run_dir / results.FILE_NAME}"]
-    print("\n".join([results.summary(result), *where]))
+    if where:
+        print("\n".join([results.summary(result), *where]))
     return result["scores"].get("best", {}).get("score")
 
 
 def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[dict, list[str]]:
     """Build everything, train, write the result; returns it and where the records lie."""
-    from increlora.train import train as loop  # torch and transformers: only when there is something to train
+    from increlora import distributed, tracker  # torch: only when there is something to train
+    from increlora.checkpoint import Checkpoints, exclusive
+    from increlora.errors import Interrupted
+    from increlora.train import train as loop
 
+    distributed.start(cfg.device)
     settings, method, task = config.build(cfg.train), config.build(cfg.method), config.build(cfg.task)
-    backbone, tracker = config.build(cfg.backbone), config.build(cfg.tracker)
-    device = settings.torch_device
+    backbone = config.build(cfg.backbone)
+    recorder = config.build(cfg.tracker) if distributed.is_main() else tracker.Silent()
     tokenizer = backbone.tokenizer()
     data = task.load(tokenizer)
     model = backbone.model(task.num_labels, task.head_dropout)
-    tracker.start(run_dir, run, resolved)
-    status, summary = "failed", {}
-    try:
-        outcome = loop(model, method, task, data, settings, tracker, tokenizer.pad_token_id)
-        result = results.build(run, resolved, data, outcome, str(device))
-        path = results.write(run_dir, result)
-        status, summary = outcome.status, {name: s["score"] for name, s in result["scores"].items()}
-    finally:
-        tracker.finish(status, summary)
-    return result, [f"result: {path}", *tracker.where()]
+    method.prepare(model, settings.total_steps(len(data.train)))
+    identity = {"config": resolved, "data": data.fingerprint, "processes": distributed.processes()}
+    checkpoints = Checkpoints(run_dir, identity)
+    with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
+        if cfg.overwrite and distributed.is_main():
+            checkpoints.clear()
+        state = None if cfg.overwrite else checkpoints.load()
+        if state and distributed.is_main():
+            print(f"continuing from step {state['progress']['step']}: {checkpoints.path('checkpoint')}")
+        recorder.start(run_dir, run, resolved, state and state["tracker"])
+        status, summary, where = "failed", {}, []
+        try:
+            outcome = loop(model, method, task, data, settings, recorder, tokenizer.pad_token_id, checkpoints, state)
+            result = results.build(run, resolved, data, outcome, str(settings.torch_device))
+            if distributed.is_main():
+                results.write(run_dir, result)
+                checkpoints.clear()
+                where = [f"result: {run_dir / results.FILE_NAME}", *recorder.where()]
+            status, summary = outcome.status, {name: s["score"] for name, s in result["scores"].items()}
+        except Interrupted:
+            status = "interrupted"
+            raise
+        finally:
+            recorder.finish(status, summary)
+            distributed.stop()
+    return result, where
 
 
 if __name__ == "__main__":

@@ -371,6 +371,7 @@ def sentencepiece_tokenizer(file: Path) -> "PreTrainedTokenizerBase":
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     backend = Tokenizer(models.Unigram(pieces, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback))
     backend.normalizer = normalizers.Sequence([
+        normalizers.NFC(),  # Precompiled misses some decomposed letters that SentencePiece composes
         normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
         normalizers.Replace(Regex(" {2,}"), " "),
         normalizers.Strip(),

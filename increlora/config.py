@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ IDENTITY = ("backbone", "budget", "method", "task", "seed")
 # change where a run lies, what it shows or where it computes, not what it is
 NEUTRAL = (
     "tracker", "run_dir", "overwrite", "device", "hydra", "sweep", "backbone.path", "task.data_dir",
-    "train.progress", "train.log_interval",
+    "train.progress", "train.log_interval", "train.checkpoint_interval",
 )  # fmt: skip
 
 
@@ -146,6 +147,8 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             if WANTS_TRACEBACK:
                 raise
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:  # before or after training, where there is nothing to keep
+            sys.exit(128 + signal.SIGINT)
 
     return call

@@ -7,3 +7,13 @@ class UserError(Exception):
     `run.py` and the scripts print the message and leave with exit code 2; only a request for a
     traceback (`HYDRA_FULL_ERROR=1`) shows one. Anything else that escapes is a defect of ours.
     """
+
+    exit_code = 2
+
+
+class Interrupted(UserError):
+    """The run was asked to stop by a signal; the exit code is that of a process the signal ended."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal

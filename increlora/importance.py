@@ -8,7 +8,7 @@ Paper section 3.2; G = d(task loss) / d(delta) is (out, in) and the product with
     score = I * U
 
 G comes from the gradient of the output and the input, G = (dL/dh)^T x, summed over every use of the
-matrix in the forward and over micro-batches: it needs neither delta in the forward nor its factors.
+matrix in the forward, over micro-batches and over processes: it needs neither delta in the forward nor its factors.
 """
 
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from increlora import distributed
 from increlora.linear import IncrementalLinear
 
 
@@ -71,7 +72,8 @@ class DeltaGradient:
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        self.sensitivity = sensitivity(self.linear.delta(), self.gradient, self.reduction)
+        gradient = distributed.mean(self.gradient)
+        self.sensitivity = sensitivity(self.linear.delta(), gradient, self.reduction)
         self.gradient = None
 
     def finish(self) -> Tensor:

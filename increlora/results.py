@@ -4,12 +4,14 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from increlora import distributed
+from increlora.checkpoint import changed_keys
 from increlora.errors import UserError
 from increlora.surgery import rank_map
 from increlora.tasks import TaskData
@@ -75,12 +77,13 @@ def _point(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def code_state(device: str) -> dict[str, Any]:
-    """Commit, whether the tree is dirty, versions of what computes, and the machine's kind."""
+    """Commit, whether the tree is dirty, versions of what computes, and the kind and number of processors and processes."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": device,
+        "processes": distributed.processes(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
@@ -138,25 +141,13 @@ def stored(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = read(path)
-    changed = _changed_keys(result["config"], config)
+    changed = changed_keys(result["config"], config)
     if changed:
         raise UserError(
             f"{path} is the result of another configuration (it differs in {', '.join(changed[:5])}). "
             "Run with overwrite=true to replace it, or with another run_dir."
         )
     return result
-
-
-def _changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-        return [] if a == b else [prefix]
-    missing = object()
-    keys = [*a, *(key for key in b if key not in a)]
-    return [
-        path
-        for key in keys
-        for path in _changed_keys(a.get(key, missing), b.get(key, missing), f"{prefix}.{key}".lstrip("."))
-    ]
 
 
 def load_runs(root: Path) -> list[dict[str, Any]]:
@@ -169,9 +160,8 @@ def load_runs(root: Path) -> list[dict[str, Any]]:
 def summary(result: Mapping[str, Any]) -> str:
     """What a person wants to know of a finished run: scores, ranks before and after, cost."""
     run, scores, cost = result["run"], result["scores"], result["cost"]
-    lines = [
-        f"{run['task']} / {run['method']} / {run['budget']} / {run['backbone']} / seed {run['seed']}: {result['status']}"
-    ]
+    names = [str(run[key]) for key in ("task", "method", "budget", "backbone")]
+    lines = [f"{' / '.join(names)} / seed {run['seed']}: {result['status']}"]
     for name, score in scores.items():
         metrics = {m: v for split in score["metrics"].values() for m, v in split.items() if m not in ("score", "loss")}
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
@@ -199,3 +189,28 @@ def _rank_table(result: Mapping[str, Any]) -> list[str]:
         rows.append(f"  {layer:5d}" + "".join(f"{a} -> {b}".rjust(width) for a, b in zip(old, new, strict=True)))
     totals = sum(map(sum, before)), sum(map(sum, after))
     return [*rows, f"  total rank {totals[0]} -> {totals[1]}"]
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """One Markdown row per run: score, parameters, ranks, time, memory; in the order given."""
+    head = (
+        "| task | method | best on dev (step) | last | update | reserve | head | total rank | seconds | peak memory |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *(_run_row(result) for result in runs)])
+
+
+def _run_row(result: Mapping[str, Any]) -> str:
+    run, scores, cost = result["run"], result["scores"], result["cost"]
+    parameters = result["parameters"]["last"]
+    cells = [
+        run["task"],
+        run["method"],
+        f"{100 * scores['best']['score']:.2f} ({scores['best']['step']})",
+        f"{100 * scores['last']['score']:.2f}",
+        *(f"{parameters[kind]:,}" for kind in ("update", "reserve", "head")),
+        str(sum(result["ranks"]["last"].values()) or ""),
+        f"{cost['seconds']:.0f}",
+        f"{cost['peak_memory_mb']:.0f} MB",
+    ]
+    return f"| {' | '.join(cells)} |"

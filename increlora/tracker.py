@@ -3,6 +3,7 @@
 The local file is the truth; W&B gets the same values in one call per step and may fail without harm.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from increlora.checkpoint import writing
 from increlora.surgery import rank_map
 
 log = logging.getLogger(__name__)
@@ -23,18 +25,43 @@ log = logging.getLogger(__name__)
 class Tracker:
     """JSON lines only: one object per line of `metrics.jsonl`, with `step`, `seconds` and the values."""
 
-    def start(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def start(
+        self,
+        run_dir: Path,
+        run: Mapping[str, Any],
+        config: Mapping[str, Any],
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         """Open the record of a run.
 
         Args:
             run: identity of the run (backbone, budget, method, task, seed, ...).
             config: the resolved configuration.
+            state: of the checkpoint that the run continues from; what was recorded after it is dropped.
+
+        Raises:
+            UserError: the record cannot be written.
         """
         self.path = run_dir / "metrics.jsonl"
         self.kinds = config["method"]["kinds"]
+        self.step = state["step"] if state else 0
+        kept = self._lines_until(self.step) if state else []
+        self.before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.perf_counter()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", encoding="utf-8")
+        with writing(self.path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def _lines_until(self, step: int) -> list[dict[str, Any]]:
+        """The recorded lines up to a step; a line that a kill cut short is dropped."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return [line for line in lines if line.get("step", step + 1) <= step]
 
     def log(self, step: int, values: Mapping[str, float], ranks: Mapping[str, int] | None = None) -> None:
         """Record one step; call once per step.
@@ -44,18 +71,26 @@ class Tracker:
             values: by W&B key; an empty mapping without ranks records nothing.
             ranks: rank of every matrix, given at the steps at which ranks changed.
         """
+        self.step = step
         if not values and ranks is None:
             return
-        line = {"step": step, "seconds": round(time.perf_counter() - self.started, 3), **values}
-        if ranks is not None:
-            line["ranks"] = dict(ranks)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        seconds = self.before + time.perf_counter() - self.started
+        line = {"step": step, "seconds": round(seconds, 3), **values}
+        self._write(line | ({"ranks": dict(ranks)} if ranks is not None else {}))
 
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
-        """Close the record; `status` is finished, diverged or failed."""
-        self.file.write(json.dumps({"status": status, **summary}) + "\n")
+        """Close the record; `status` is finished, diverged, interrupted or failed."""
+        self._write({"status": status, **summary})
         self.file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later process needs to go on with the same record."""
+        return {"step": self.step}
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with writing(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
     def where(self) -> list[str]:
         """Lines that tell a person where the records lie."""
@@ -80,15 +115,24 @@ class WandbTracker(Tracker):
         self.project, self.entity, self.tags = project, entity, list(tags or [])
         self.mode = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
 
-    def start(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        super().start(run_dir, run, config)
+    def start(
+        self,
+        run_dir: Path,
+        run: Mapping[str, Any],
+        config: Mapping[str, Any],
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().start(run_dir, run, config, state)
         self.run = None
-        self._mirror(lambda: self._init(run_dir, run, config))
+        self._mirror(lambda: self._init(run_dir, run, config, state or {}))
 
-    def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         import wandb
 
+        # an offline run cannot be continued: a new one is made whole from the local record
+        online = self.mode == "online" and state.get("wandb_id")
         self.run = wandb.init(
+            **({"id": state["wandb_id"], "resume": "allow"} if online else {}),
             project=self.project,
             entity=self.entity,
             dir=run_dir,
@@ -101,6 +145,12 @@ class WandbTracker(Tracker):
         )
         self.run.define_metric("*", step_metric="step")
         self.run.define_metric("eval/score", summary="max")
+        for line in [] if online else self._lines_until(self.step):
+            ranks = line.pop("ranks", None)
+            self.run.log({**line, **self._rank_media(ranks)}, step=line["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | ({"wandb_id": self.run.id} if self.run is not None else {})
 
     def log(self, step: int, values: Mapping[str, float], ranks: Mapping[str, int] | None = None) -> None:
         super().log(step, values, ranks)
@@ -174,3 +224,19 @@ def _draw(layers: list[int], kinds: list[str], cells: list[list[int]]):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return Image.open(buffer)
+
+
+class Silent(Tracker):
+    """Records nothing: for every process but the first of several."""
+
+    def start(self, *arguments: Any, **keywords: Any) -> None:
+        self.step = 0
+
+    def log(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def finish(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def where(self) -> list[str]:
+        return []

@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import logging
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from increlora import checkpoint, distributed
 from increlora.batching import collate, epoch_batches, evaluation_batches
-from increlora.errors import UserError
+from increlora.checkpoint import Checkpoints
+from increlora.errors import Interrupted, UserError
 from increlora.method import Method
 from increlora.schedule import multiplier
+from increlora.signals import StopRequest
 from increlora.streams import derive_seed
 from increlora.tasks import Split, Task, TaskData
 from increlora.tracker import Tracker
 
+log = logging.getLogger(__name__)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,6 +41,7 @@ class Settings:
         max_grad_norm: gradients are clipped to this norm over all parameters.
         eval_interval: optimizer steps between evaluations; the last step is always evaluated.
         log_interval: optimizer steps between log lines.
+        checkpoint_interval: optimizer steps between checkpoints.
         max_skipped: non-finite steps in a row after which the run counts as diverged.
         precision: fp32, bf16 (autocast) or fp16 (autocast and loss scaling, GPU only).
         device: auto, cpu, cuda or cuda:<n>.
@@ -51,6 +58,7 @@ class Settings:
     max_grad_norm: float = 1.0
     eval_interval: int = 100
     log_interval: int = 10
+    checkpoint_interval: int = 100
     max_skipped: int = 20
     precision: str = "fp32"
     device: str = "auto"
@@ -60,20 +68,15 @@ class Settings:
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
             raise UserError(f"precision must be one of {', '.join(AUTOCAST)}, it is '{self.precision}'")
-        if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
-            raise UserError(
-                f"train.accumulation ({self.accumulation}) must divide train.batch_size ({self.batch_size})"
-            )
-        for name in (
-            "epochs",
-            "eval_interval",
-            "log_interval",
-            "eval_batch_size",
-            "max_grad_norm",
-            "max_skipped",
-        ):
+        positive = ("epochs", "batch_size", "eval_batch_size", "accumulation", "eval_interval", "log_interval")
+        for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped"):
             if getattr(self, name) <= 0:
                 raise UserError(f"train.{name} must be above 0, it is {getattr(self, name)}")
+        if self.batch_size % (self.accumulation * distributed.processes()):
+            raise UserError(
+                f"train.accumulation ({self.accumulation}) times the processes ({distributed.processes()}) "
+                f"must divide train.batch_size ({self.batch_size})"
+            )
         if self.precision == "fp16" and self.torch_device.type != "cuda":
             raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or fp32")
 
@@ -84,8 +87,10 @@ class Settings:
         Raises:
             UserError: a GPU is asked for and there is none.
         """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "auto" and not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.device in ("auto", "cuda") and torch.cuda.is_available():
+            return torch.device("cuda", distributed.local_rank())
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -128,7 +133,7 @@ class Outcome:
 
     def best(self, split: str) -> Evaluation | None:
         """The evaluation with the highest primary score on `split`, the earliest of equals."""
-        return max(self.curve, key=lambda evaluation: evaluation.scores[split]["score"], default=None)
+        return best(self.curve, split)
 
 
 @dataclass
@@ -168,11 +173,15 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps:
 
 @dataclass
 class StepReport:
-    """Task loss (mean over the batch), gradient norm before clipping, and whether the step was taken."""
+    """Task loss (mean over the batch), gradient norm before clipping, and whether the step was taken.
+
+    `stop` says whether any process was asked to stop.
+    """
 
     loss: float
     gradient_norm: float
     taken: bool
+    stop: bool = False
 
 
 def take_step(
@@ -183,13 +192,15 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     scaler: torch.amp.GradScaler,
+    stop: bool = False,
 ) -> StepReport:
     """Forward, backward, clip, grow, update: one optimizer step, or none if its gradient is not finite.
 
     Args:
         step: optimizer steps already taken.
-        micro_batches: equally large parts of the batch.
+        micro_batches: equally large parts of this process's share of the batch.
         loss_of: mean task loss of a micro-batch.
+        stop: whether this process was asked to stop; passed on to all.
     """
     method.begin_step(step, len(micro_batches), scaler.get_scale())
     loss = 0.0
@@ -197,8 +208,10 @@ def take_step(
         task_loss = loss_of(micro_batch) / len(micro_batches)
         loss += task_loss.item()
         scaler.scale(task_loss + method.extra_loss() if index == 0 else task_loss).backward()
-    scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    distributed.average_gradients(parameters)
+    loss, stopping = distributed.mean(torch.tensor([loss, float(stop)], dtype=torch.float64)).tolist()
+    scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
     taken = math.isfinite(norm) and math.isfinite(loss)
     if taken:
@@ -208,7 +221,7 @@ def take_step(
         method.after_step(step)
     scaler.update()
     optimizer.zero_grad()
-    return StepReport(loss, norm, taken)
+    return StepReport(loss, norm, taken, stopping > 0)
 
 
 # the loop
@@ -222,122 +235,219 @@ def train(
     settings: Settings,
     tracker: Tracker,
     pad_id: int = 0,
+    checkpoints: Checkpoints | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Train `model` with `method` on `task`, evaluating every `eval_interval` steps.
 
     Args:
-        model: a sequence classifier as the backbone gives it; it is changed in place.
-        method: not yet prepared.
+        model: a sequence classifier as the backbone gives it, prepared by `method`.
+        method: prepared for `settings.total_steps(len(data.train))` steps.
         data: the tokenised splits.
+        tracker: started.
         pad_id: token id for padding.
+        checkpoints: where to keep what is needed to continue; None keeps nothing.
+        state: a checkpoint to continue from.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
-    device, total_steps = settings.torch_device, settings.total_steps(len(data.train))
-    torch.manual_seed(derive_seed(settings.seed, "dropout"))
-    method.prepare(model, total_steps)
-    model.to(device)
-    optimizer = make_optimizer(model, method, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    start_ranks, progress = method.ranks(), Progress()
-    batches = _batches(data.train, settings, progress.position)
+    return Training(model, method, task, data, settings, tracker, pad_id, checkpoints).run(state)
 
-    def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        labels = batch.pop("labels")
-        with _autocast(settings):
-            logits = model(**batch).logits
-        return task.loss(logits, labels)
 
-    bar = tqdm(total=total_steps, initial=progress.step, disable=not settings.progress, dynamic_ncols=True)
-    started = time.perf_counter()
-    while progress.step < total_steps and progress.skipped_in_a_row < settings.max_skipped:
-        set_learning_rates(optimizer, progress.step, total_steps, settings)
-        model.train()
-        indices = next(batches)
-        parts = [collate(data.train, part, pad_id) for part in _split(indices, settings)]
-        micro_batches = [_to(device, part) for part in parts]
+class Training:
+    """One run: what it consists of and where it stands; the arguments are those of `train`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        task: Task,
+        data: TaskData,
+        settings: Settings,
+        tracker: Tracker,
+        pad_id: int,
+        checkpoints: Checkpoints | None,
+    ):
+        self.model, self.method, self.task, self.data = model, method, task, data
+        self.settings, self.tracker, self.pad_id, self.checkpoints = settings, tracker, pad_id, checkpoints
+        self.device = settings.torch_device
+        self.total_steps = settings.total_steps(len(data.train))
+        self.lengths = data.train.lengths
+        self.primary = next(iter(data.evaluation))
+        torch.manual_seed(derive_seed(settings.seed, "dropout", distributed.rank()))
+        self.start_ranks = method.ranks()
+        model.to(self.device)
+        self.optimizer = make_optimizer(model, method, settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.progress = Progress()
+        self.started = time.perf_counter()
+
+    def run(self, state: Mapping[str, Any] | None) -> Outcome:
+        """The loop, from the start or from a checkpoint."""
+        if state is not None:
+            self.load_state_dict(state)
+        progress, settings = self.progress, self.settings
+        batches = self._batches(progress.position)
+        shown = settings.progress and distributed.is_main()
+        bar = tqdm(total=self.total_steps, initial=progress.step, disable=not shown, dynamic_ncols=True)
+        with bar, StopRequest() as request:
+            while progress.step < self.total_steps and progress.skipped_in_a_row < settings.max_skipped:
+                report = self._step(next(batches), bool(request.signal))
+                if report.taken:
+                    bar.update()
+                    self._show(bar, report)
+                # several processes must agree, and do so in the next step
+                if report.stop or (request.signal and distributed.processes() == 1):
+                    self._interrupt(request.signal or signal.SIGTERM)
+        return self._outcome()
+
+    def _step(self, indices: list[int], stop: bool) -> StepReport:
+        """One batch: train, count, evaluate, log, save."""
+        progress, method, settings = self.progress, self.method, self.settings
+        set_learning_rates(self.optimizer, progress.step, self.total_steps, settings)
+        self.model.train()
+        mine = self._parts(indices)[distributed.rank()]
+        micro_batches = [_to(self.device, collate(self.data.train, part, self.pad_id)) for part in mine]
         allocations = len(method.allocations)
-        report = take_step(progress.step, micro_batches, loss_of, method, optimizer, settings, scaler)
-        _count(progress, report, parts)
-        if not report.taken:
-            continue
-        bar.update()
-        values = _training_values(progress, report, method, optimizer, settings)
-        if progress.step % settings.eval_interval == 0 or progress.step == total_steps:
-            values |= _evaluate_now(model, method, task, data, settings, progress, pad_id, started)
-            model.zero_grad()
-        grown = method.allocations[allocations:]
-        tracker.log(progress.step, values, method.ranks() if grown else None)
-        _show(bar, report, progress, method)
-    bar.close()
-    progress.seconds = time.perf_counter() - started
-    return _outcome(progress, start_ranks, total_steps, method, device)
+        report = take_step(
+            progress.step, micro_batches, self._loss_of, method, self.optimizer, settings, self.scaler, stop
+        )
+        self._count(report, indices)
+        if report.taken:
+            values = self._training_values(report)
+            if progress.step % settings.eval_interval == 0 or progress.step == self.total_steps:
+                values |= self._evaluate()
+            self.tracker.log(progress.step, values, method.ranks() if len(method.allocations) > allocations else None)
+            if progress.step % settings.checkpoint_interval == 0:
+                self._save()
+        return report
+
+    def _loss_of(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch.pop("labels")
+        with _autocast(self.settings):
+            logits = self.model(**batch).logits
+        return self.task.loss(logits, labels)
+
+    def _batches(self, position: int) -> Iterator[list[int]]:
+        """The batches of the run from the given position on; a function of (lengths, seed, position) alone."""
+        per_epoch = math.ceil(len(self.lengths) / self.settings.batch_size)
+        for epoch in itertools.count(position // per_epoch):
+            batches = epoch_batches(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
+            yield from batches[position % per_epoch :]
+            position = 0
+
+    def _parts(self, indices: list[int]) -> list[list[list[int]]]:
+        """The batch by process and micro-batch; neighbours in length go to different processes."""
+        processes = distributed.processes()
+        size = self.settings.batch_size // (self.settings.accumulation * processes)
+        shares = [indices[rank::processes] for rank in range(processes)]
+        return [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
+
+    def _count(self, report: StepReport, indices: list[int]) -> None:
+        progress = self.progress
+        progress.position += 1
+        progress.step += report.taken
+        progress.skipped += not report.taken
+        progress.skipped_in_a_row = 0 if report.taken else progress.skipped_in_a_row + 1
+        parts = [[self.lengths[i] for i in part] for share in self._parts(indices) for part in share]
+        progress.tokens += sum(map(sum, parts))
+        progress.padded_tokens += sum(len(part) * max(part) - sum(part) for part in parts)
+
+    def _training_values(self, report: StepReport) -> dict[str, float]:
+        if self.progress.step % self.settings.log_interval:
+            return {}
+        values = {
+            "train/loss": report.loss,
+            "train/gradient_norm": report.gradient_norm,
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train/skipped_steps": float(self.progress.skipped),
+        }
+        return values | self.method.metrics()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Add a point to the curve, keep the weights if it is the best; returns it by tracker key."""
+        progress, method = self.progress, self.method
+        if any(ranks != method.ranks() for ranks in distributed.gather(method.ranks())):
+            raise UserError("the processes disagree about the ranks; please report this with your configuration")
+        scores = evaluate(self.model, self.task, self.data, self.settings, self.pad_id)
+        epoch = progress.position * self.settings.batch_size / len(self.lengths)
+        parameters = method.parameters_by_kind(self.model)
+        progress.curve.append(Evaluation(progress.step, epoch, scores, method.ranks(), parameters, self._seconds()))
+        if self.checkpoints and distributed.is_main() and best(progress.curve, self.primary) is progress.curve[-1]:
+            self.checkpoints.keep("best", checkpoint.model_state(self.model, method))
+        return {
+            f"eval/{metric}" if split == self.primary else f"eval/{split}/{metric}": value
+            for split, metrics in scores.items()
+            for metric, value in metrics.items()
+        }
+
+    def _show(self, bar: tqdm, report: StepReport) -> None:
+        shown = {"loss": f"{report.loss:.3f}"}
+        if self.progress.curve:
+            shown["score"] = f"{self.progress.curve[-1].scores[self.primary]['score']:.4f}"
+        if ranks := self.method.ranks():
+            shown["rank"] = str(sum(ranks.values()))
+        bar.set_postfix(shown, refresh=False)
+
+    def _seconds(self) -> float:
+        """Seconds of training so far, over all sessions of the run."""
+        return self.progress.seconds + time.perf_counter() - self.started
+
+    def _outcome(self) -> Outcome:
+        progress = self.progress
+        cost = {
+            "seconds": self._seconds(),
+            "steps": progress.step,
+            "steps_per_second": progress.step / max(self._seconds(), 1e-9),
+            "peak_memory_mb": _peak_memory_mb(self.device),
+            "tokens": progress.tokens,
+            "padded_tokens": progress.padded_tokens,
+        }
+        if self.checkpoints and distributed.is_main():
+            self.checkpoints.keep("last", checkpoint.model_state(self.model, self.method))
+        status = "finished" if progress.step == self.total_steps else "diverged"
+        allocations = [asdict(allocation) for allocation in self.method.allocations]
+        return Outcome(status, self.start_ranks, progress.curve, allocations, cost, progress.skipped)
+
+    # stop and continue
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later process needs to go on as if nothing had happened."""
+        return {
+            "progress": asdict(self.progress) | {"seconds": self._seconds()},
+            "model": checkpoint.model_state(self.model, self.method),
+            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "random": distributed.gather(checkpoint.random_state()),
+            "tracker": self.tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to where `state_dict` was called."""
+        curve = [Evaluation(**point) for point in state["progress"]["curve"]]
+        self.progress = Progress(**{**state["progress"], "curve": curve})
+        checkpoint.load_model_state(self.model, self.method, state["model"])
+        self.model.to(self.device)
+        checkpoint.load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        checkpoint.load_random_state(state["random"][distributed.rank()])
+
+    def _save(self) -> None:
+        if self.checkpoints:
+            state = self.state_dict()  # every process takes part
+            if distributed.is_main():
+                self.checkpoints.save(state)
+
+    def _interrupt(self, number: int) -> None:
+        self._save()
+        kept = "the same command continues from there" if self.checkpoints else "nothing was kept"
+        raise Interrupted(f"stopped after step {self.progress.step} of {self.total_steps}; {kept}", number)
 
 
-def _batches(train_split: Split, settings: Settings, position: int) -> Iterator[list[int]]:
-    """The batches of the run from the given position on; a function of (lengths, seed, position) alone."""
-    per_epoch = math.ceil(len(train_split) / settings.batch_size)
-    for epoch in itertools.count(position // per_epoch):
-        batches = epoch_batches(train_split.lengths, settings.batch_size, settings.seed, epoch)
-        yield from batches[position % per_epoch :]
-        position = 0
-
-
-def _split(indices: list[int], settings: Settings) -> list[list[int]]:
-    size = settings.batch_size // settings.accumulation
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
-def _count(progress: Progress, report: StepReport, micro_batches: list[dict[str, Tensor]]) -> None:
-    progress.position += 1
-    progress.step += report.taken
-    progress.skipped += not report.taken
-    progress.skipped_in_a_row = 0 if report.taken else progress.skipped_in_a_row + 1
-    masks = [batch["attention_mask"] for batch in micro_batches]
-    real = sum(int(mask.sum()) for mask in masks)
-    progress.tokens += real
-    progress.padded_tokens += sum(mask.numel() for mask in masks) - real
-
-
-def _training_values(
-    progress: Progress,
-    report: StepReport,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-) -> dict[str, float]:
-    if progress.step % settings.log_interval:
-        return {}
-    values = {
-        "train/loss": report.loss,
-        "train/gradient_norm": report.gradient_norm,
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
-        "train/skipped_steps": float(progress.skipped),
-    }
-    return values | method.metrics()
-
-
-def _show(bar: tqdm, report: StepReport, progress: Progress, method: Method) -> None:
-    shown = {"loss": f"{report.loss:.3f}"}
-    if progress.curve:
-        shown["score"] = f"{next(iter(progress.curve[-1].scores.values()))['score']:.4f}"
-    if ranks := method.ranks():
-        shown["rank"] = str(sum(ranks.values()))
-    bar.set_postfix(shown, refresh=False)
-
-
-def _outcome(
-    progress: Progress, start_ranks: dict[str, int], total_steps: int, method: Method, device: torch.device
-) -> Outcome:
-    cost = {
-        "seconds": progress.seconds,
-        "steps": progress.step,
-        "steps_per_second": progress.step / max(progress.seconds, 1e-9),
-        "peak_memory_mb": _peak_memory_mb(device),
-        "tokens": progress.tokens,
-        "padded_tokens": progress.padded_tokens,
-    }
-    status = "finished" if progress.step == total_steps else "diverged"
-    allocations = [asdict(allocation) for allocation in method.allocations]
-    return Outcome(status, start_ranks, progress.curve, allocations, cost, progress.skipped)
+def best(curve: list[Evaluation], split: str) -> Evaluation | None:
+    """The evaluation with the highest primary score on a split, the earliest of equals."""
+    return max(curve, key=lambda evaluation: evaluation.scores[split]["score"], default=None)
 
 
 def _peak_memory_mb(device: torch.device) -> float:
@@ -352,19 +462,25 @@ def _peak_memory_mb(device: torch.device) -> float:
 
 
 def predict(model: nn.Module, split: Split, task: Task, settings: Settings, pad_id: int = 0) -> tuple[Tensor, float]:
-    """Predictions for a split in its own order, (examples,), and the mean task loss over it."""
+    """Predictions for a split in its own order, (examples,), and the mean task loss over it.
+
+    The batches are shared out over the processes; every process gets all predictions.
+    """
     device = settings.torch_device
     predictions: dict[int, Any] = {}
     total_loss = 0.0
+    batches = evaluation_batches(split.lengths, settings.eval_batch_size)
     model.eval()
     with torch.inference_mode(), _autocast(settings):
-        for indices in evaluation_batches(split.lengths, settings.eval_batch_size):
+        for indices in batches[distributed.rank() :: distributed.processes()]:
             batch = _to(device, collate(split, indices, pad_id))
             labels = batch.pop("labels")
             logits = model(**batch).logits
             total_loss += task.loss(logits, labels).item() * len(indices)
             predictions |= dict(zip(indices, task.predict(logits).tolist(), strict=True))
-    return torch.tensor([predictions[i] for i in range(len(split))]), total_loss / len(split)
+    shares, losses = zip(*distributed.gather((predictions, total_loss)), strict=True)
+    predictions = {index: value for share in shares for index, value in share.items()}
+    return torch.tensor([predictions[i] for i in range(len(split))]), sum(losses) / len(split)
 
 
 def evaluate(
@@ -376,30 +492,6 @@ def evaluate(
         predictions, loss = predict(model, split, task, settings, pad_id)
         scores[name] = task.evaluate(predictions.tolist(), split.labels) | {"loss": loss}
     return scores
-
-
-def _evaluate_now(
-    model: nn.Module,
-    method: Method,
-    task: Task,
-    data: TaskData,
-    settings: Settings,
-    progress: Progress,
-    pad_id: int,
-    started: float,
-) -> dict[str, float]:
-    """Add a point to the curve; returns it by tracker key."""
-    scores = evaluate(model, task, data, settings, pad_id)
-    epoch = progress.position * settings.batch_size / len(data.train)
-    parameters = method.parameters_by_kind(model)
-    seconds = time.perf_counter() - started
-    progress.curve.append(Evaluation(progress.step, epoch, scores, method.ranks(), parameters, seconds))
-    primary = next(iter(scores))
-    return {
-        f"eval/{metric}" if split == primary else f"eval/{split}/{metric}": value
-        for split, metrics in scores.items()
-        for metric, value in metrics.items()
-    }
 
 
 def _autocast(settings: Settings) -> contextlib.AbstractContextManager:

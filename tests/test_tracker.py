@@ -57,9 +57,10 @@ def test_json_lines_hold_every_value_as_it_comes(tmp_path):
     assert lines(tracker)[1]["status"] == "failed"
 
 
-def test_wandb_offline_run_is_read_back(tmp_path):
+def test_wandb_offline_run_is_read_back(tmp_path, caplog):
     tracker = WandbTracker(mode="offline", tags=["test"])
     record(tracker, tmp_path)
+    assert tracker.run is not None, caplog.text
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history, config, run = [], {}, None
     for item in wandb_records(file.read_bytes()):
@@ -74,7 +75,9 @@ def test_wandb_offline_run_is_read_back(tmp_path):
     assert any("rank_map" in key for key in history[1]) and not any("rank_map" in key for key in history[0])
     assert run.run_group == "rte-increlora-r2-tiny" and run.project == "increlora" and "test" in run.tags
     assert config["train"]["learning_rate"] == 1e-3 and config["run"]["seed"] == 41
-    assert list((file.parent / "files" / "media").rglob("*.png")) and list((file.parent / "files").rglob("*table*.json"))
+    assert list((file.parent / "files" / "media").rglob("*.png")) and list(
+        (file.parent / "files").rglob("*table*.json")
+    )
     assert [line.get("step") for line in lines(tracker)] == [10, 20, None]
     assert any(str(file.parent) in line for line in tracker.where())
     assert any(line.startswith("to upload it later: wandb sync") for line in tracker.where())
@@ -108,3 +111,23 @@ def test_without_key_or_network_wandb_goes_offline_by_itself(monkeypatch, tmp_pa
     assert WandbTracker().mode == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert WandbTracker().mode == "disabled"
+
+
+def test_a_continued_record_drops_what_came_after_the_checkpoint_and_what_a_kill_cut_short(tmp_path):
+    first = Tracker()
+    first.start(tmp_path, RUN, CONFIG)
+    for step in (10, 20, 30):
+        first.log(step, {"train/loss": 1 / step})
+    first._write({"status": "interrupted"})
+    first.file.write('{"step": 40, "train/lo')
+    first.file.close()
+    again = WandbTracker(mode="offline")
+    again.start(tmp_path, RUN, CONFIG, {"step": 20})
+    again.log(30, {"train/loss": 0.5})
+    again.finish("finished", {})
+    assert [line.get("step") for line in lines(again)] == [10, 20, 30, None]
+    assert lines(again)[2]["train/loss"] == 0.5
+    assert lines(again)[2]["seconds"] >= lines(again)[1]["seconds"]
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")  # whole by itself: the earlier steps are in it
+    records = [r for r in wandb_records(file.read_bytes()) if r.WhichOneof("record_type") == "history"]
+    assert len(records) == 3

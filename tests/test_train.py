@@ -15,7 +15,9 @@ from increlora.tasks import Split, Task, TaskData
 from increlora.tracker import Tracker
 from increlora.train import Settings, evaluate, predict, train
 
-TASK = Task(name="parity", fields=["text"], labels=["even", "odd"], metrics=["accuracy"], primary="accuracy", max_length=16)
+TASK = Task(
+    name="parity", fields=["text"], labels=["even", "odd"], metrics=["accuracy"], primary="accuracy", max_length=16
+)
 
 
 def split(name: str, size: int, seed: int) -> Split:
@@ -47,7 +49,9 @@ def increlora(**changes) -> IncreLoRA:
 def run(model, method, folder, given=None, made=None):
     tracker = Tracker()
     tracker.start(folder, {"seed": 41}, {"method": {"kinds": TINY_KINDS}})
-    outcome = train(model, method, TASK, made or data(), given or settings(), tracker)
+    made, given = made or data(), given or settings()
+    method.prepare(model, given.total_steps(len(made.train)))
+    outcome = train(model, method, TASK, made, given, tracker)
     tracker.finish(outcome.status, {})
     return outcome, [json.loads(line) for line in tracker.path.read_text().splitlines()]
 

@@ -1,0 +1,106 @@
+"""Several processes as one: who am I, sums over processes, all of it a no-op for a single process.
+
+Started by `torchrun` or `accelerate launch`, which set the environment; there is no launcher here.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from increlora.errors import UserError
+
+
+# what torchrun and accelerate set, and what the launchers of MPI set
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def start(device: str) -> None:
+    """Join the processes that a launcher started, if any.
+
+    Args:
+        device: cpu (gloo), cuda (nccl), or auto.
+    """
+    if dist.is_initialized() or all(int(os.environ.get(name, "1")) < 2 for name in SIZES):
+        return
+    from accelerate import PartialState
+
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    PartialState(cpu=not on_gpu)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0: the GPU it uses."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+
+
+def stop() -> None:
+    """Leave the group of processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes and logs."""
+    return rank() == 0
+
+
+def _speaking(call: Callable) -> Callable:
+    @wraps(call)
+    def spoken(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RuntimeError as error:  # gloo and nccl raise it, or subclasses, when a peer is gone
+            raise UserError(
+                f"lost contact with another process ({str(error).splitlines()[0][:120]}).\n"
+                "Look for its own message above; the last checkpoint is good, the same command continues from it."
+            ) from error
+
+    return spoken
+
+
+@_speaking
+def mean(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over all processes, whatever the parameter's age."""
+    if not dist.is_initialized():
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        averaged = _unflatten_dense_tensors(mean(_flatten_dense_tensors(gradients)), gradients)
+        torch._foreach_copy_(gradients, list(averaged))
+
+
+@_speaking
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in order of their ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

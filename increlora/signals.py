@@ -1,0 +1,29 @@
+"""Being asked to stop: SIGINT and SIGTERM are remembered, and the loop ends after the current step."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """While entered, `signal` is the number of the SIGINT or SIGTERM that came, 0 before; a second is not caught."""
+
+    def __enter__(self) -> "StopRequest":
+        self.signal = 0
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error: Any) -> None:
+        self._restore()

@@ -1,0 +1,100 @@
+"""Two processes (gloo) are one: same growth, same losses, in sync; evaluation counts every example once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from increlora import checkpoint
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+
+
+def run(command: list, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs
+    )
+
+
+def outcome(folder: Path) -> tuple[dict, list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "outcome.json").read_text()), [x["train/loss"] for x in lines if "train/loss" in x]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    done = run([sys.executable, WORKER, folder, 1])
+    assert done.returncode == 0, done.stderr
+    return outcome(folder)
+
+
+def same(a, b, tolerance: float) -> None:
+    """Growth identical; scores of growth and losses within a relative tolerance; evaluations equal."""
+    assert len(a[1]) == len(b[1]) == 30
+    assert b[1] == pytest.approx(a[1], rel=tolerance, abs=0)
+    for x, y in zip(a[0]["allocations"], b[0]["allocations"], strict=True):
+        assert (x["step"], x["added"]) == (y["step"], y["added"])
+        assert list(y["scores"].values()) == pytest.approx(list(x["scores"].values()), rel=tolerance, abs=0)
+    assert len(a[0]["allocations"]) == 3  # 8 ranks to add, 3 at a time
+    for x, y in zip(a[0]["curve"], b[0]["curve"], strict=True):
+        assert y["scores"]["dev"] == pytest.approx(x["scores"]["dev"], rel=1e-9)
+        assert x["ranks"] == y["ranks"] and x["parameters"] == y["parameters"]
+
+
+@pytest.mark.parametrize("accumulation", [2, 5])
+def test_accumulation_equals_one_batch(single, tmp_path, accumulation):
+    done = run([sys.executable, WORKER, tmp_path, accumulation])
+    assert done.returncode == 0, done.stderr
+    same(single, outcome(tmp_path), 1e-9)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_equal_one(single, tmp_path, accumulation):
+    done = run([*TORCHRUN, WORKER, tmp_path, accumulation])
+    assert done.returncode == 0, done.stderr
+    same(single, outcome(tmp_path), 1e-6)
+
+
+def test_a_process_that_dies_ends_the_job_and_leaves_a_good_checkpoint(tmp_path):
+    done = run([*TORCHRUN, WORKER, tmp_path, 1, 17])
+    assert done.returncode != 0 and "exitcode" in done.stderr
+    state = checkpoint.newest(tmp_path / "checkpoint.safetensors")[0]["state"]
+    assert state["progress"]["step"] == 15
+    assert not (tmp_path / "outcome.json").exists()
+
+
+SMALL = [
+    "backbone=tiny", "task=synthetic_entailment", "task.train_size=200", "task.dev_size=50", "train.batch_size=20",
+    "train.epochs=4", "train.warmup_steps=4", "method.top_h=6", "train.progress=false", "device=cpu", "tracker=jsonl",
+    "train.checkpoint_interval=5",
+]  # fmt: skip
+
+
+def test_run_py_under_torchrun_writes_one_record_and_one_result(tmp_path):
+    done = run([*TORCHRUN, ROOT / "run.py", *SMALL, "run_dir=run"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "finished" and sum(result["ranks"]["last"].values()) == 24
+    assert result["code"]["processes"] == 2
+    assert done.stdout.count("total rank 12 -> 24") == 1
+
+
+def test_run_py_under_accelerate_launch(tmp_path):
+    """On CPUs accelerate starts several processes only through mpirun; one shows that its environment does no harm."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = run([*launcher, ROOT / "run.py", *SMALL, "run_dir=run"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
+    done = run([*TORCHRUN, ROOT / "run.py", *SMALL, "train.batch_size=15"], cwd=tmp_path)
+    assert done.returncode != 0 and not list(tmp_path.iterdir())
+    assert "times the processes (2) must divide train.batch_size (15)" in done.stderr

@@ -1,0 +1,114 @@
+"""run.py as a person uses it: one run from command line to result file, and its errors, in subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+SMALL = [
+    "backbone=tiny", "task=synthetic_entailment", "task.train_size=400", "task.dev_size=60", "train.batch_size=20",
+    "train.epochs=2", "train.warmup_steps=5", "train.learning_rate=5e-3", "method.top_h=4", "train.log_interval=1",
+    "train.progress=false", "device=cpu",
+]  # fmt: skip
+
+
+def run(*overrides: str, cwd=None, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "run.py", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_run_from_command_line_to_result_file_and_again(tmp_path):
+    first = run(*SMALL, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (path,) = tmp_path.rglob("result.json")
+    assert path.relative_to(tmp_path).parts[:5] == ("runs", "tiny", "r2", "increlora", "synthetic_entailment")
+    result = json.loads(path.read_text())
+    assert result["status"] == "finished" and sum(result["ranks"]["last"].values()) == 24
+    assert result["run"]["seed"] == 41 and "train.epochs=2" in result["run"]["overrides"]
+    assert result["data"]["source"] == "synthetic" and len(result["data"]["fingerprint"]) == 64
+    assert [a["step"] for a in result["allocations"]] == [10, 15, 20]
+    assert str(tmp_path) not in path.read_text() and str(ROOT) not in path.read_text()
+    lines = [json.loads(line) for line in path.with_name("metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["status"] == "finished"
+    assert "total rank 12 -> 24" in first.stdout and "wandb sync" in first.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]  # nothing is strewn about
+    again = run(*SMALL, cwd=tmp_path)
+    assert again.returncode == 0 and "this run was finished before" in again.stdout
+    assert json.loads(path.read_text()) == result
+    anew = run(*SMALL, "overwrite=true", "tracker=jsonl", cwd=tmp_path)
+    assert anew.returncode == 0 and json.loads(path.read_text())["curve"][-1]["step"] == 40
+
+
+def test_every_command_line_wins_over_the_method(tmp_path):
+    done = run(
+        *SMALL, "method=full", "~method.top_h", "train.max_steps=3", "tracker=jsonl", "run_dir=here", cwd=tmp_path
+    )
+    assert done.returncode == 2  # full fine-tuning has no top_h, so there is none to remove
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") <= 2
+
+
+NO_HUB = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}
+ERRORS = {
+    "unknown task": (["task=rtee"], "Could not find 'task/rtee'"),
+    "unknown method": (["method=loraa"], "increlora"),
+    "unknown backbone": (["backbone=gpt"], "deberta_v3_base"),
+    "unknown field": (["train.learning_rat=1"], "learning_rat"),
+    "no network for weights": (["task=rte"], "backbone.path=DIR"),
+    "no network for data": (["backbone=tiny", "task=rte"], "task.data_dir=DIR"),
+    "no such folder": (["backbone=tiny", "task=rte", "task.data_dir=nowhere"], "nowhere: no such folder"),
+    "no such matrix": ([*SMALL, "method.matrices=[quary]"], "quary; the backbone has: query, key"),
+    "budget below the initial rank": ([*SMALL, "method.init_rank=3"], "target_rank 2 < init_rank 3"),
+    "last growth after the last step": ([*SMALL, "method.top_h=1"], "12 growths, steps 10 to 65, in 40 training steps"),
+    "a GPU that is absent": ([*SMALL, "device=cuda:7"], "Use device=cpu or device=auto"),
+    "wrong precision": ([*SMALL, "precision=fp7"], "precision must be one of"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "said"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_two_lines_fast_and_leave_nothing_behind(tmp_path, overrides, said):
+    # well below the 48 s for which the hub's own clients would retry, also on a busy machine
+    done = run(*overrides, cwd=tmp_path, timeout=40, **NO_HUB)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_traceback_is_there_for_those_who_ask(tmp_path):
+    done = run("task=rtee", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_crash_leaves_a_readable_record(tmp_path):
+    """The data folder disappears is no crash; an interrupt in the middle of training is."""
+    import signal
+
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", *SMALL, "train.epochs=200", "tracker=jsonl", "run_dir=here"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    record = tmp_path / "here" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert process.returncode != 0 and lines[-1] == {"status": "failed"} and len(lines) > 3
+    assert not (tmp_path / "here" / "result.json").exists()
+
+
+def test_multirun_works_for_small_sweeps(tmp_path):
+    done = run("-m", *SMALL, "seed=1,2", "train.max_steps=32", "tracker=jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    seeds = [json.loads(p.read_text())["run"]["seed"] for p in sorted(tmp_path.rglob("result.json"))]
+    assert seeds == [1, 2]
