@@ -1,0 +1,38 @@
+"""Copy the results of finished runs into the repository: runs/.../result.json -> results/runs/.../seed<k>.json.
+
+    python scripts/collect.py runs
+
+Only results of a clean commit are taken; `--dirty` takes the others too.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from increlora import config, results
+
+DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
+
+
+@config.guarded
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder that holds run directories")
+    parser.add_argument("--dirty", action="store_true", help="also results of a tree with uncommitted changes")
+    arguments = parser.parse_args()
+    taken = 0
+    for path in sorted(arguments.source.rglob(results.FILE_NAME)):
+        result = results.read(path)
+        if result["code"]["dirty"] and not arguments.dirty:
+            print(f"left out, the tree had uncommitted changes: {path}", file=sys.stderr)
+            continue
+        target = DESTINATION / path.parent.relative_to(arguments.source).with_suffix(".json")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        taken += 1
+    print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
