@@ -42,6 +42,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
 
     distributed.start(cfg.device)
     settings, method, task = config.build(cfg.train), config.build(cfg.method), config.build(cfg.task)
+    device = settings.torch_device  # a GPU that is absent is refused before anything is loaded
     backbone = config.build(cfg.backbone)
     recorder = config.build(cfg.tracker) if distributed.is_main() else tracker.Silent()
     tokenizer = backbone.tokenizer()
@@ -60,7 +61,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         status, summary, where = "failed", {}, []
         try:
             outcome = loop(model, method, task, data, settings, recorder, tokenizer.pad_token_id, checkpoints, state)
-            result = results.build(run, resolved, data, outcome, str(settings.torch_device))
+            result = results.build(run, resolved, data, outcome, str(device))
             if distributed.is_main():
                 results.write(run_dir, result)
                 checkpoints.clear()

@@ -42,10 +42,10 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
         UserError: the disk is full, or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_without_tensors(document, tensors, ""))
+    text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")})
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        save_file(tensors, temporary, metadata={"format": str(FORMAT), "document": text})
+        save_file(tensors, temporary, metadata={"increlora": text})  # of several keys the order would be random
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if keep_previous and path.exists():
@@ -66,11 +66,11 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != str(FORMAT):
-                raise UserError(f"{path} is of checkpoint format {metadata.get('format')}, this code reads {FORMAT}")
+            header = json.loads((file.metadata() or {})["increlora"])
+            if header["format"] != FORMAT:
+                raise UserError(f"{path} is of checkpoint format {header['format']}, this code reads {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return _with_tensors(json.loads(metadata["document"]), tensors)
+        return _with_tensors(header["document"], tensors)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
 

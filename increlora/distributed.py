@@ -15,7 +15,6 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from increlora.errors import UserError
 
-
 # what torchrun and accelerate set, and what the launchers of MPI set
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 

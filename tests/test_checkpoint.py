@@ -222,5 +222,5 @@ def test_weights_of_another_model_are_refused(tiny_deberta, tmp_path):
     method = increlora()
     method.prepare(tiny_deberta, 30)
     state = {"method": method.state_dict(), "weights": {"nowhere": torch.zeros(1)}}
-    with pytest.raises(UserError, match="of another model: 1 tensors do not fit, e.g. nowhere"):
+    with pytest.raises(UserError, match="of another model: 1 tensors do not fit"):
         checkpoint.load_model_state(tiny_deberta, method, state)

@@ -119,7 +119,7 @@ def test_a_key_that_the_class_does_not_have_is_refused():
 
 
 def test_a_refusal_of_the_class_itself_comes_through():
-    with pytest.raises(UserError, match="must divide train.batch_size"):
+    with pytest.raises(UserError, match=r"must divide train\.batch_size"):
         config.build(config.load(["train.accumulation=3"]).train)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -88,23 +90,87 @@ def test_a_traceback_is_there_for_those_who_ask(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-def test_a_crash_leaves_a_readable_record(tmp_path):
-    """The data folder disappears is no crash; an interrupt in the middle of training is."""
-    import signal
-
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "run.py", *SMALL, "train.epochs=200", "tracker=jsonl", "run_dir=here"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    record = tmp_path / "here" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+def interrupted(tmp_path, folder: str, number: int, *overrides: str) -> subprocess.CompletedProcess:
+    """A run that gets a signal once it has recorded a few steps."""
+    command = [sys.executable, ROOT / "run.py", *SMALL, "tracker=jsonl", f"run_dir={folder}", *overrides]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    record = tmp_path / folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
     while not (record.exists() and record.read_text().count("\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert process.returncode != 0 and lines[-1] == {"status": "failed"} and len(lines) > 3
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def essence(folder) -> dict:
+    """All of a result that does not depend on when and how often it ran."""
+    result = json.loads((folder / "result.json").read_text())
+    result["curve"] = [{k: v for k, v in point.items() if k != "seconds"} for point in result["curve"]]
+    return {k: result[k] for k in ("status", "config", "scores", "ranks", "curve", "allocations", "parameters", "data")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_was_told_to_stop_continues_and_ends_the_same(tmp_path, number):
+    longer = ("train.epochs=8", "train.checkpoint_interval=1000")
+    stopped = interrupted(tmp_path, "cut", number, *longer)
+    assert stopped.returncode == 128 + number and "the same command continues from there" in stopped.stderr
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == {"status": "interrupted"} and not (tmp_path / "cut" / "result.json").exists()
+    step = lines[-2]["step"]
+    again = run(*SMALL, "tracker=jsonl", "run_dir=cut", *longer, cwd=tmp_path)
+    assert again.returncode == 0 and re.search(rf"continuing from step {step}\b", again.stdout), again.stdout
+    assert not list((tmp_path / "cut").glob("*checkpoint*"))
+    whole = run(*SMALL, "tracker=jsonl", "run_dir=whole", *longer, cwd=tmp_path)
+    assert whole.returncode == 0
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_data_that_changed_between_start_and_resume_is_refused(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, rows in (("train", 300), ("dev", 20)):
+        lines = [f"{i}\tall dogs are wet\tsome dogs are wet {i}\t{('not_' * (i % 2))}entailment" for i in range(rows)]
+        (data / f"{name}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n")
+    arguments = [o for o in SMALL if not o.startswith("task")]
+    arguments += ["task=rte", "task.data_dir=data", "task.max_length=32", "train.epochs=40"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", *arguments, "tracker=jsonl", "run_dir=cut"], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (tmp_path / "cut" / "metrics.jsonl").exists() or not (tmp_path / "cut" / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    process.wait(timeout=60)
+    text = (data / "train.tsv").read_text()
+    (data / "train.tsv").write_text(text.replace("some dogs are wet 7\t", "some dogs are dry 7\t"))
+    done = run(*arguments, "tracker=jsonl", "run_dir=cut", cwd=tmp_path)
+    assert done.returncode == 2 and "is of another run: it differs in data" in done.stderr
+
+
+def test_a_second_process_on_one_run_directory_is_refused(tmp_path):
+    from increlora.checkpoint import exclusive
+
+    with exclusive(tmp_path / "here"):
+        done = run(*SMALL, "tracker=jsonl", "run_dir=here", cwd=tmp_path)
+    assert done.returncode == 2 and "another process is running in here" in done.stderr
+
+
+def test_a_disk_that_is_full_ends_the_run_in_two_lines(tmp_path):
+    limit = 30_000  # bytes per file: enough for the record, not for a checkpoint
+    command = f"trap '' XFSZ; ulimit -f {limit // 1024}; exec {sys.executable} {ROOT / 'run.py'} {' '.join(SMALL)}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} tracker=jsonl run_dir=here train.checkpoint_interval=8"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write"), done.stderr
+    assert done.stderr.count("\n") == 2 and "the same command continues" in done.stderr
     assert not (tmp_path / "here" / "result.json").exists()
+    again = run(*SMALL, "tracker=jsonl", "run_dir=here", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
 
 
 def test_multirun_works_for_small_sweeps(tmp_path):

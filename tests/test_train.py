@@ -3,17 +3,18 @@
 import copy
 import json
 import math
+import random
 
 import pytest
 import torch
-from conftest import TINY_KINDS
+from conftest import TINY_KINDS, tiny_batches
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.method import Method
 from increlora.tasks import Split, Task, TaskData
 from increlora.tracker import Tracker
-from increlora.train import Settings, evaluate, predict, train
+from increlora.train import Settings, evaluate, make_optimizer, predict, set_learning_rates, take_step, train
 
 TASK = Task(
     name="parity", fields=["text"], labels=["even", "odd"], metrics=["accuracy"], primary="accuracy", max_length=16
@@ -146,6 +147,36 @@ def test_non_finite_steps_are_skipped_counted_and_cost_no_growth(tiny_deberta, t
     assert sum(outcome.curve[-1].ranks.values()) == 24
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     assert lines[-2]["train/skipped_steps"] == 4
+
+
+def test_thirty_runs_with_non_finite_steps_at_random_all_finish_within_the_budget(tiny_deberta, tmp_path):
+    kinds = {name: f"model\\.{pattern}" for name, pattern in TINY_KINDS.items()}
+    small = data(60)
+    for seed in range(30):
+        moments = random.Random(seed)
+        bad = {moments.randrange(24) for _ in range(moments.randrange(1, 9))}
+        poisoned = Poison(copy.deepcopy(tiny_deberta), bad)
+        outcome, _ = run(poisoned, increlora(kinds=kinds), tmp_path / str(seed), settings(epochs=4), small)
+        assert outcome.status == "finished" and outcome.cost["steps"] == 24
+        assert outcome.skipped_steps == len([b for b in bad if b < poisoned.count])
+        assert sum(outcome.curve[-1].ranks.values()) == 24
+        assert [a["step"] for a in outcome.allocations] == [8, 12, 16]
+        assert all(math.isfinite(v) for a in outcome.allocations for v in a["scores"].values())
+
+
+def test_scores_are_free_of_the_loss_scale(tiny_deberta):
+    scores = []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+        model, method = copy.deepcopy(tiny_deberta), increlora()
+        method.prepare(model, 30)
+        optimizer = make_optimizer(model, method, settings())
+        for step, batch in enumerate(tiny_batches(4)):
+            set_learning_rates(optimizer, step, 30, settings())
+            report = take_step(step, [batch], lambda b, m=model: m(**b).loss, method, optimizer, settings(), scaler)
+            assert report.taken
+        scores.append(method.scores())
+    assert list(scores[1].values()) == pytest.approx(list(scores[0].values()), rel=1e-6)
+    assert all(score > 0 for score in scores[0].values())
 
 
 def test_a_model_that_stays_non_finite_ends_as_diverged(tiny_deberta, tmp_path):
