@@ -1,5 +1,6 @@
 # make quickstart   install, then train IncreLoRA on the embedded synthetic task (CPU, about 3 minutes)
 # make test         install, then run the whole test suite
+# make lint         style and format checks
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -7,7 +8,7 @@ RUN := $(VENV)/bin/python
 # torch's own threads fight over few cores; one each is faster on the small models here
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint parity
+.PHONY: help install quickstart test lint tables parity
 
 help:
 	@grep -E '^# make' Makefile | cut -c 3-
@@ -33,6 +34,10 @@ test: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# make tables       write the tables of results/ and README from the result files
+tables: install
+	$(RUN) scripts/tables.py
 
 # make parity       replay the recorded run of the authors' code
 parity: install

@@ -127,7 +127,7 @@ class Method:
         return values | ({"budget/total_rank": float(sum(ranks.values()))} if ranks else {})
 
     def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
-        """Parameters that train: `update` (what the budget counts), `reserve` and `head`; `total` is the whole model."""
+        """Parameters that train: `update` (what the budget counts), `reserve`, `head`; `total` is the whole model."""
         head = {name for name, _ in self.head_parameters(model)}
         trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         in_head = sum(count for name, count in trained.items() if name in head)

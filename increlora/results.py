@@ -77,7 +77,7 @@ def _point(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def code_state(device: str) -> dict[str, Any]:
-    """Commit, whether the tree is dirty, versions of what computes, and the kind and number of processors and processes."""
+    """Commit, whether the tree is dirty, versions of what computes, the machine and the number of processes."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -8,26 +8,50 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from increlora import results
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def first_runs() -> str:
-    """Every committed MiniLM run of seed 41, by task and method."""
-    runs = results.load_runs(ROOT / "results" / "runs" / "minilm")
-    return results.runs_table(sorted(runs, key=lambda result: (result["run"]["task"], result["run"]["method"])))
+TABLES = ROOT / "results" / "tables"
+
+
+def runs_of(experiment: str) -> list[dict[str, Any]]:
+    """The committed runs of an experiment, by task and method."""
+    runs = results.load_runs(ROOT / "results" / "runs")
+    runs = [result for result in runs if f"experiment={experiment}" in result["run"]["overrides"]]
+    return sorted(runs, key=lambda result: (result["run"]["task"], result["run"]["method"]))
+
+
+def four_tasks() -> str:
+    """The best value over training of every metric of the tasks' first runs."""
+    rows = ["| task | best on dev over training, each metric by itself | total rank | seconds |", "|---|---|---|---|"]
+    for result in runs_of("minilm_5_epochs"):
+        curve = [point["scores"]["dev"] for point in result["curve"]]
+        metrics = [metric for metric in curve[0] if metric not in ("loss", "score")]
+        best = ", ".join(f"{metric} {max(scores[metric] for scores in curve):.4f}" for metric in metrics)
+        total = sum(result["ranks"]["last"].values())
+        rows.append(f"| {result['run']['task']} | {best} | {total} | {result['cost']['seconds']:.0f} |")
+    return "\n".join(rows)
+
+
+def insert(path: Path, name: str, content: str) -> str:
+    """The text of a file with the part between the markers `name` replaced."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
 
 
 def tables() -> dict[Path, str]:
     """Path -> content of every generated file."""
-    runs = first_runs()
-    readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- results -->\n).*?(<!-- /results -->)", rf"\1{runs}\n\2", readme.read_text(encoding="utf-8"), flags=re.S
-    )
-    return {ROOT / "results" / "tables" / "first_runs.md": runs + "\n", readme: text}
+    every_method, tasks = results.runs_table(runs_of("minilm_comparison")), four_tasks()
+    return {
+        TABLES / "every_method_once.md": every_method + "\n",
+        TABLES / "four_tasks.md": tasks + "\n",
+        ROOT / "README.md": insert(ROOT / "README.md", "every_method_once", every_method),
+        ROOT / "results" / "README.md": insert(ROOT / "results" / "README.md", "four_tasks", tasks),
+    }
 
 
 def main() -> int:
