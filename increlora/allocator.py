@@ -68,6 +68,10 @@ class Allocator:
         """Whether ranks are added at this step (optimizer steps already taken)."""
         return step > self.init_warmup and step % self.interval == 0 and not self.spent(total_rank)
 
+    def next_growth(self, step: int) -> int:
+        """The first step from `step` on at which ranks are added, were the budget not spent."""
+        return max(-(-step // self.interval), self.init_warmup // self.interval + 1) * self.interval
+
     def choose(self, candidates: Sequence[str], scores: Mapping[str, float], total_rank: int) -> list[str]:
         """The matrices that grow now, in model order; never more than the budget has room for.
 
@@ -83,7 +87,7 @@ class Allocator:
         if not self.needed:
             return []
         rounds = -(-self.needed // (self.rank_step * min(self.top_h, self.matrices)))
-        first = (self.init_warmup // self.interval + 1) * self.interval
+        first = self.next_growth(0)
         return [first + i * self.interval for i in range(rounds)]
 
     def check(self, total_steps: int) -> None:

@@ -165,6 +165,30 @@ def test_frozen_weights_do_not_move(tiny_deberta):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_only_the_window_before_each_growth_is_scored():
+    method = increlora(scoring_window="auto")
+    assert method.window == 57 and 0.85**57 < 1e-4 < 0.85**56
+    assert increlora(beta1=0.5, beta2=0.9, scoring_window="auto").window == 88  # ln 1e-4 / ln 0.9 = 87.4
+    assert increlora(scoring_window="all").window == float("inf")
+    method = increlora(scoring_window=2)
+    method.linears, method.allocator = {}, method.schedule(12, STEPS)
+    assert [step for step in range(21) if method.scores_at(step)] == [9, 10, 14, 15, 19, 20]
+
+
+def test_a_window_and_all_steps_decide_the_same(tiny_deberta):
+    """Growth every 70 steps: 13 steps of each interval go unscored, 57 decide."""
+    methods = []
+    for window in ("all", "auto"):
+        method = increlora(interval=70, init_warmup=70, top_h=4, scoring_window=window)
+        run(copy.deepcopy(tiny_deberta), method, steps=300)
+        methods.append(method)
+    for a, b in zip(*(m.allocations for m in methods), strict=True):
+        assert (a.step, a.added) == (b.step, b.added)
+        # the scores, too, differ by no more than what was forgotten
+        assert list(b.scores.values()) == pytest.approx(list(a.scores.values()), rel=5e-3)
+    assert methods[0].ranks() == methods[1].ranks() and len(methods[0].allocations) == 3
+
+
 def test_a_non_finite_step_changes_nothing_and_growth_comes_at_the_next_good_batch(tiny_deberta):
     settings = Settings(learning_rate=1e-2, warmup_steps=5, batch_size=8, device="cpu")
     method = increlora()
@@ -206,6 +230,8 @@ def test_the_penalty_is_no_part_of_the_score_or_of_the_reported_loss(tiny_debert
     [
         ({"beta1": 1.0}, "method.beta1 must be in"),
         ({"score_reduction": "max"}, "sqrt or mean"),
+        ({"scoring_window": 0}, "scoring_window must be auto, all or a number above 0"),
+        ({"scoring_window": "some"}, "scoring_window must be auto, all or a number above 0"),
         ({"matrices": ["query", "quary"]}, "quary; the backbone has: query, key"),
         ({"kinds": {"query": r".*\.q_proj"}}, "no linear layer matches matrix kind 'query'"),
         ({"target_rank": 8, "rank_step": 5}, "= 84 ranks"),

@@ -16,6 +16,15 @@ def test_first_growth_is_at_twice_the_interval_when_warmup_equals_it():
     assert due == [200, 300, 400, 500]
 
 
+def test_next_growth_by_hand():
+    assert [allocator().next_growth(step) for step in (0, 1, 100, 199, 200, 201, 300)] == [200] * 5 + [300, 300]
+    assert [allocator(init_warmup=0).next_growth(step) for step in (0, 1, 100, 101)] == [100, 100, 100, 200]
+    for changes in ({}, {"init_warmup": 0}, {"init_warmup": 250}, {"interval": 7}):
+        it = allocator(**changes)
+        for step in range(600):
+            assert it.next_growth(step) == next(t for t in range(step, 2000) if it.due(t, 72))
+
+
 def test_growth_steps_of_rte_r2():
     # 72 ranks to add, 5 per growth: 15 growths
     assert allocator().growth_steps() == list(range(200, 1700, 100))
