@@ -11,7 +11,7 @@ from increlora import surgery
 from increlora.allocator import Allocator, smallest_top_h
 from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
-from increlora.linear import Component, IncrementalLinear, orthogonal_penalty
+from increlora.linear import Component, IncrementalLinear, OrthogonalPenalty
 from increlora.method import Allocation, Method, named
 from increlora.streams import stream
 
@@ -82,12 +82,11 @@ class IncreLoRA(Method):
         for name, base in bases.items():
             linear = IncrementalLinear(base, self.alpha, self.dropout, self.rank_epsilon)
             self.linears[name] = linear
-            for _ in range(ranks[name]):
-                linear.components.append(self._new_component(name, 1, 0.0))
-            linear.active = ranks[name]
+            linear.add_active(self._new_component(name, ranks[name], 0.0))
             surgery.replace(model, name, linear)
         self.importance = ImportanceScore(list(bases), self.beta1, self.beta2)
         self.watchers: list[DeltaGradient] = []
+        self.penalty: OrthogonalPenalty | None = None  # made anew after each growth
 
     def start_ranks(self, matrices: list[str]) -> dict[str, int]:
         """The rank of every matrix at the start, at least 1."""
@@ -146,7 +145,10 @@ class IncreLoRA(Method):
 
     def orthogonal_penalty(self) -> Tensor:
         """The unweighted penalty over all adapted matrices, a scalar."""
-        return orthogonal_penalty(self.linears.values())
+        device = next(iter(self.linears.values())).weight.device
+        if self.penalty is None or self.penalty.device != device:
+            self.penalty = OrthogonalPenalty(self.linears.values())
+        return self.penalty()
 
     def before_step(self, step: int) -> list[dict[str, Any]]:
         if self.watchers:
@@ -181,6 +183,7 @@ class IncreLoRA(Method):
         lambda_value = self.reserve_lambda if self.advance_learning else 0.0
         component = self._new_component(name, self.allocator.rank_step, lambda_value)
         self.linears[name].add_reserve(component, learns=self.advance_learning)
+        self.penalty = None
         return [component.A, component.B] if self.advance_learning else []
 
     def _group(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -252,7 +255,8 @@ class IncreLoRA(Method):
                 linear.add_reserve(self._new_component(name, rank, 0.0), learns=self.advance_learning)
             for component in linear.components[: shape["active"]]:
                 component.requires_grad_(True)
-            linear.active, linear.reserve_learns = shape["active"], shape["reserve_learns"]
+            linear.set_structure(shape["active"], shape["reserve_learns"])
+        self.penalty = None
 
     def merge(self, model: nn.Module) -> None:
         for name, linear in self.linears.items():

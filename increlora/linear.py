@@ -52,16 +52,21 @@ class IncrementalLinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.components = nn.ModuleList()  # the active ones first, then at most one in reserve
-        self.active = 0
-        self.reserve_learns = False
         self.alpha, self.rank_epsilon = alpha, rank_epsilon
         self.dropout = nn.Dropout(dropout)
         self.watcher = None  # importance.DeltaGradient while a step is scored
+        self.set_structure(0, False)
 
-    @property
-    def rank(self) -> int:
-        """Number of active rank-one components."""
-        return sum(component.rank for component in self.components[: self.active])
+    def set_structure(self, active: int, reserve_learns: bool) -> None:
+        """Say how many of the components are active, and whether the one in reserve reaches the output.
+
+        What every forward needs of the structure is worked out here, once per growth.
+        """
+        components = list(self.components)
+        self.active, self.reserve_learns = active, reserve_learns
+        self.rank = sum(component.rank for component in components[:active])  # of rank-one components
+        self.used = components[: active + reserve_learns]
+        self.scale = self.alpha / (self.rank + self.rank_epsilon) if self.rank else 0.0
 
     @property
     def reserve(self) -> Component | None:
@@ -74,34 +79,36 @@ class IncrementalLinear(nn.Module):
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
+    def add_active(self, component: Component) -> None:
+        """Add a component that is part of the rank from the start."""
+        self.components.append(component)
+        self.set_structure(self.active + 1, False)
+
     def add_reserve(self, component: Component, learns: bool) -> None:
         """Put a component in reserve: lambda frozen; A and B train only if it learns in advance."""
         component.lambda_.requires_grad_(False)
         component.A.requires_grad_(learns)
         component.B.requires_grad_(learns)
         self.components.append(component)
-        self.reserve_learns = learns
+        self.set_structure(self.active, learns)
 
     def activate_reserve(self) -> Component:
         """The reserve becomes part of the rank; returns it, all of it training."""
         component = self.reserve.requires_grad_(True)
-        self.active += 1
-        self.reserve_learns = False
+        self.set_structure(self.active + 1, False)
         return component
 
     def silence_reserve(self) -> None:
         """Set the reserve's lambda to 0; A and B go on in the penalty (as in the authors' code)."""
         if self.reserve is not None:
             self.reserve.lambda_.data.zero_()
-        self.reserve_learns = False
+        self.set_structure(self.active, False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with alpha / rank * lambda folded in, (r, in), and B, (out, r), of all that reaches the output."""
-        used = self.components[: self.active + self.reserve_learns]
-        scale = self.alpha / (self.rank + self.rank_epsilon)
-        lambda_ = torch.cat([component.lambda_ for component in used]) * scale
-        A = torch.cat([component.A for component in used])
-        return lambda_.unsqueeze(1) * A, torch.cat([component.B for component in used], dim=1)
+        lambda_ = torch.cat([component.lambda_ for component in self.used]) * self.scale
+        A = torch.cat([component.A for component in self.used])
+        return lambda_.unsqueeze(1) * A, torch.cat([component.B for component in self.used], dim=1)
 
     def delta(self) -> Tensor:
         """The update matrix, (out, in), reserve included."""
@@ -126,25 +133,53 @@ class IncrementalLinear(nn.Module):
         return self.base
 
 
-def orthogonal_penalty(linears: Iterable[IncrementalLinear]) -> Tensor:
-    """Mean over all A and B of || A A^T - I ||_F and || B^T B - I ||_F, a scalar (paper, equation 7).
+class OrthogonalPenalty:
+    """Mean over all A and B of || A A^T - I ||_F and || B^T B - I ||_F (paper, equation 7).
 
     A (rank, in) and B (out, rank) hold all components of a matrix, the reserve included. The norm is
     not squared: the paper writes it squared, the code behind its numbers does not square it.
-    Matrices of equal width share one batched product, ranks padded with zero rows.
+
+    Matrices of equal width share one batched product, ranks padded with rows of zeros. Which row goes
+    where is worked out here, so an object is good until the next growth.
+
+    Args:
+        linears: the adapted matrices.
     """
-    by_width: dict[int, list[Tensor]] = {}
-    for linear in linears:
-        by_width.setdefault(linear.in_features, []).append(torch.cat([c.A for c in linear.components]))
-        by_width.setdefault(linear.out_features, []).append(torch.cat([c.B.t() for c in linear.components]))
-    return torch.cat([_distances_to_orthogonal(rows) for rows in by_width.values()]).mean()
 
+    def __init__(self, linears: Iterable[IncrementalLinear]):
+        by_width: dict[tuple[bool, int], list[list[Component]]] = {}
+        for linear in linears:
+            for is_A, width in ((True, linear.in_features), (False, linear.out_features)):
+                by_width.setdefault((is_A, width), []).append(list(linear.components))
+        self.sides = [self._side(matrices, is_A) for (is_A, _), matrices in by_width.items()]
 
-def _distances_to_orthogonal(rows: list[Tensor]) -> Tensor:
-    """|| R R^T - I ||_F of each R (rank_i, width) in `rows`."""
-    # autocast would take the products in half precision, where I - I is noise
-    with torch.autocast(rows[0].device.type, enabled=False):
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        ranks = torch.tensor([len(r) for r in rows], device=padded.device)
-        real = torch.arange(padded.shape[1], device=padded.device) < ranks.unsqueeze(1)
-        return torch.linalg.vector_norm(padded @ padded.mT - torch.diag_embed(real.to(padded.dtype)), dim=(1, 2))
+    @property
+    def device(self) -> torch.device:
+        return self.sides[0][2].device
+
+    @staticmethod
+    def _side(matrices: list[list[Component]], is_A: bool) -> tuple[list[Component], bool, Tensor, Tensor]:
+        """All components of some matrices, the row of each place in the padded stack, and its identities."""
+        ranks = [sum(component.rank for component in components) for components in matrices]
+        device, dtype = matrices[0][0].A.device, matrices[0][0].A.dtype
+        places = torch.full((len(ranks), max(ranks)), sum(ranks))  # the row of zeros
+        first = 0
+        for place, rank in zip(places, ranks, strict=True):
+            place[:rank] = torch.arange(first, first + rank)
+            first += rank
+        identities = torch.diag_embed((places < sum(ranks)).to(dtype))
+        components = [component for several in matrices for component in several]
+        return components, is_A, places.to(device), identities.to(device)
+
+    def __call__(self) -> Tensor:
+        """The penalty, a scalar."""
+        # autocast would take the products in half precision, where I - I is noise
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self._distances(*side) for side in self.sides]).mean()
+
+    @staticmethod
+    def _distances(components: list[Component], is_A: bool, places: Tensor, identities: Tensor) -> Tensor:
+        """|| R R^T - I ||_F of every matrix R (rank, width) of a side."""
+        rows = torch.cat([component.A if is_A else component.B.t() for component in components])
+        stack = F.pad(rows, (0, 0, 0, 1))[places]
+        return torch.linalg.vector_norm(stack @ stack.mT - identities, dim=(1, 2))

@@ -41,8 +41,7 @@ def grown_linear(inputs: int = 5, outputs: int = 3, rank: int = 2) -> Incrementa
     generator = torch.Generator().manual_seed(1)
     linear = IncrementalLinear(nn.Linear(inputs, outputs).double(), alpha=4.0)
     for _ in range(rank):
-        linear.components.append(Component(1, linear.base, 0.7, generator))
-    linear.active = rank
+        linear.add_active(Component(1, linear.base, 0.7, generator))
     return linear
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from increlora.linear import INIT_STD, Component, IncrementalLinear, orthogonal_penalty
+from increlora.linear import INIT_STD, Component, IncrementalLinear, OrthogonalPenalty
 
 
 def component(base: nn.Linear, rank: int = 1, lambda_value: float = 1.0, seed: int = 0) -> Component:
@@ -15,8 +15,7 @@ def linear(components: int = 2, alpha: float = 8.0, **kwargs) -> IncrementalLine
     base = nn.Linear(6, 4).double()
     layer = IncrementalLinear(base, alpha, **kwargs)
     for seed in range(components):
-        layer.components.append(component(base, seed=seed))
-    layer.active = components
+        layer.add_active(component(base, seed=seed))
     return layer
 
 
@@ -35,8 +34,7 @@ def test_the_update_starts_at_zero_and_components_at_their_deviation():
     base = nn.Linear(2000, 50)
     assert component(base, lambda_value=0.0).A.std().item() == pytest.approx(INIT_STD, rel=0.05)
     layer = IncrementalLinear(base, 8.0)
-    layer.components.append(component(base, lambda_value=0.0))
-    layer.active = 1
+    layer.add_active(component(base, lambda_value=0.0))
     x = torch.randn(3, 2000)
     assert torch.equal(layer(x), base(x))
 
@@ -75,19 +73,18 @@ def test_reserve_without_advance_learning_is_inert():
 def test_a_silenced_reserve_leaves_the_output_but_stays_in_the_penalty():
     layer = linear(components=1)
     layer.add_reserve(component(layer.base, lambda_value=1e-5, seed=9), learns=True)
-    penalty = orthogonal_penalty([layer]).item()
+    penalty = OrthogonalPenalty([layer])().item()
     layer.silence_reserve()
     assert layer.delta().allclose(8.0 * layer.components[0].B @ layer.components[0].A)
-    assert orthogonal_penalty([layer]).item() == penalty
-    orthogonal_penalty([layer]).backward()
+    assert OrthogonalPenalty([layer])().item() == penalty
+    OrthogonalPenalty([layer])().backward()
     assert layer.reserve.A.grad.abs().sum() > 0
 
 
 def test_penalty_is_the_plain_loop_over_matrices_of_different_rank_and_width():
     layers = [linear(components=n) for n in (1, 3, 2)]
     wide = IncrementalLinear(nn.Linear(9, 6).double(), 8.0)
-    wide.components.append(component(wide.base, rank=4))
-    wide.active = 1
+    wide.add_active(component(wide.base, rank=4))
     layers.append(wide)
     norms = []
     for layer in layers:
@@ -95,17 +92,16 @@ def test_penalty_is_the_plain_loop_over_matrices_of_different_rank_and_width():
         B = torch.cat([c.B for c in layer.components], dim=1)
         for gram in (A @ A.T, B.T @ B):
             norms.append(((gram - torch.eye(len(gram), dtype=gram.dtype)) ** 2).sum().sqrt())
-    torch.testing.assert_close(orthogonal_penalty(layers), torch.stack(norms).mean())
+    torch.testing.assert_close(OrthogonalPenalty(layers)(), torch.stack(norms).mean())
 
 
 def test_penalty_by_hand_and_its_gradient_at_the_optimum():
     base = nn.Linear(2, 2).double()
     layer = IncrementalLinear(base, 1.0)
-    layer.components.append(component(base, rank=2))
-    layer.active = 1
+    layer.add_active(component(base, rank=2))
     layer.components[0].A.data.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))  # A A^T - I = diag(3, 0)
     layer.components[0].B.data.copy_(torch.eye(2))  # 0
-    penalty = orthogonal_penalty([layer])
+    penalty = OrthogonalPenalty([layer])()
     assert penalty.item() == pytest.approx(1.5)
     penalty.backward()
     assert torch.isfinite(layer.components[0].B.grad).all()
