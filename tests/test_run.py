@@ -177,4 +177,4 @@ def test_multirun_works_for_small_sweeps(tmp_path):
     done = run("-m", *SMALL, "seed=1,2", "train.max_steps=32", "tracker=jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     seeds = [json.loads(p.read_text())["run"]["seed"] for p in sorted(tmp_path.rglob("result.json"))]
-    assert seeds == [1, 2]
+    assert seeds == [1, 2] and [p.name for p in tmp_path.iterdir()] == ["runs"]
