@@ -29,9 +29,9 @@ class IncreLoRA(Method):
         top_h: matrices per growth; None: as many as it takes to end growth in the first half.
         interval, init_warmup: growth at steps t > init_warmup with t % interval == 0.
         beta1, beta2: decay of the averages of sensitivity and uncertainty.
-        advance_learning: components learn in reserve before they are chosen (section 3.3).
+        advance_learning: components learn in reserve before they are chosen.
         reserve_lambda: lambda of a component in reserve.
-        restart_warmup: every group of new parameters gets a warmup of its own (section 3.4).
+        restart_warmup: every group of new parameters gets a warmup of its own.
         orth_weight: weight of the orthogonal penalty.
         alpha: scale of the update, divided by the rank.
         dropout: dropout on the input of the update.

@@ -1,6 +1,6 @@
 """When ranks are added, how many, and to which matrices: names and numbers, no tensors.
 
-Paper section 3.2, algorithm 1: every `interval` steps after `init_warmup` the `top_h` matrices with
+The paper's allocation (arXiv 2308.12043): every `interval` steps after `init_warmup` the `top_h` matrices with
 the highest score grow by `rank_step`, until the ranks sum to the budget, target_rank * matrices.
 """
 

@@ -1,6 +1,6 @@
 """How much the loss depends on each update matrix.
 
-Paper section 3.2; G = d(task loss) / d(delta) is (out, in) and the product with delta is elementwise:
+The paper's importance score (arXiv 2308.12043; its averages are AdaLoRA's, arXiv 2303.10512). G = d(task loss) / d(delta) is (out, in) and the product with delta is elementwise:
 
     S = sum |delta * G| / sqrt(out * in)
     I <- beta1 I + (1 - beta1) S              sensitivity
@@ -85,7 +85,7 @@ class DeltaGradient:
 
 
 class ImportanceScore:
-    """Moving averages of sensitivity and uncertainty, from 0, and their product (paper, equations 4 to 6).
+    """Moving averages of sensitivity and uncertainty, from 0, and their product (the paper's score).
 
     Args:
         matrices: names, in model order.

@@ -1,6 +1,6 @@
 """A frozen linear layer with a growing low-rank update, and the penalty that keeps its components apart.
 
-Paper section 3.1 and 3.2:
+The paper's reconstructed update and its orthogonal regularisation (arXiv 2308.12043, checked against the code):
 
     h = W0 x + b + delta x,   delta = alpha / rank * B diag(lambda) A
     penalty = mean over all A and B of || A A^T - I ||_F  and  || B^T B - I ||_F
@@ -134,7 +134,7 @@ class IncrementalLinear(nn.Module):
 
 
 class OrthogonalPenalty:
-    """Mean over all A and B of || A A^T - I ||_F and || B^T B - I ||_F (paper, equation 7).
+    """Mean over all A and B of || A A^T - I ||_F and || B^T B - I ||_F (the paper's regulariser).
 
     A (rank, in) and B (out, rank) hold all components of a matrix, the reserve included. The norm is
     not squared: the paper writes it squared, the code behind its numbers does not square it.

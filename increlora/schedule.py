@@ -1,4 +1,4 @@
-"""Learning rate with restart warmup, a pure function of the step (paper section 3.4)."""
+"""Learning rate with restart warmup, a pure function of the step (arXiv 2308.12043)."""
 
 
 def multiplier(step: int, born: int, total_steps: int, warmup_steps: int) -> float:
