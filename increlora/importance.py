@@ -1,6 +1,7 @@
 """How much the loss depends on each update matrix.
 
-The paper's importance score (arXiv 2308.12043; its averages are AdaLoRA's, arXiv 2303.10512). G = d(task loss) / d(delta) is (out, in) and the product with delta is elementwise:
+The paper's importance score (arXiv 2308.12043; its averages are AdaLoRA's, arXiv 2303.10512), where
+G = d(task loss) / d(delta) is (out, in) and the product with delta is elementwise:
 
     S = sum |delta * G| / sqrt(out * in)
     I <- beta1 I + (1 - beta1) S              sensitivity
