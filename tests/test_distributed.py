@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from increlora import checkpoint
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), **AS_ROOT}
+needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on this machine")
 
 
 def run(command: list, **kwargs) -> subprocess.CompletedProcess:
@@ -86,12 +89,17 @@ def test_run_py_under_torchrun_writes_one_record_and_one_result(tmp_path):
     assert done.stdout.count("total rank 12 -> 24") == 1
 
 
-def test_run_py_under_accelerate_launch(tmp_path):
-    """On CPUs accelerate starts several processes only through mpirun; one shows that its environment does no harm."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=needs_mpi)])
+def test_run_py_under_accelerate_launch(tmp_path, processes):
+    """On CPUs accelerate starts several processes only through mpirun."""
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+    launcher += ["--mpirun_hostfile", "hosts"] if processes > 1 else []
     done = run([*launcher, ROOT / "run.py", *SMALL, "run_dir=run"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "finished" and result["code"]["processes"] == processes
+    assert done.stdout.count("total rank 12 -> 24") == 1
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
