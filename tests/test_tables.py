@@ -1,5 +1,6 @@
 """The generated tables are those of the committed result files."""
 
+import re
 import subprocess
 import sys
 
@@ -18,4 +19,4 @@ def test_committed_results_are_finished_clean_runs_without_paths_of_a_machine():
     assert runs
     for result in runs:
         assert result["status"] == "finished" and not result["code"]["dirty"] and result["code"]["commit"]
-        assert "/home/" not in str(result) and "/root/" not in str(result) and "/tmp/" not in str(result)
+        assert not re.search(r"/(home|root|tmp)/", str(result))
