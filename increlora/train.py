@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -400,7 +401,7 @@ class Training:
             "seconds": self._seconds(),
             "steps": progress.step,
             "steps_per_second": progress.step / max(self._seconds(), 1e-9),
-            "peak_memory_mb": _peak_memory_mb(self.device),
+            "peak_memory_mb": peak_memory_mb(self.device),
             "tokens": progress.tokens,
             "padded_tokens": progress.padded_tokens,
         }
@@ -450,9 +451,14 @@ def best(curve: list[Evaluation], split: str) -> Evaluation | None:
     return max(curve, key=lambda evaluation: evaluation.scores[split]["score"], default=None)
 
 
-def _peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MB: of the GPU, or resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what a large parent held when it forked
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

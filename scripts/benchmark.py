@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from increlora.batching import epoch_batches, padding_share
 from increlora.method import Method
 from increlora.tasks import Split, Task, TaskData
 from increlora.tracker import Silent
-from increlora.train import Settings, Training, predict
+from increlora.train import Settings, Training, peak_memory_mb, predict
 
 GROWTH = dict(interval=1000, init_warmup=1000, rank_step=1, scoring_window=57)
 IDLE, SCORING, DUE = 10, 1990, 2000  # steps: no score is taken, one is, matrices grow
@@ -209,9 +208,7 @@ def peak_of_two_steps(name: str, options: argparse.Namespace) -> float:
     """Peak memory of this process in MB (of the GPU, if it computes)."""
     arm = make_arm(name, options)
     arm.take(), arm.take()
-    if arm.run.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(arm.run.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory_mb(arm.run.device)
 
 
 def padding(data: Path, tokenizer: Path, batch: int) -> dict[str, float]:
@@ -273,9 +270,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         + (f", {torch.cuda.get_device_name()}" if options.device.startswith("cuda") else ""),
-        "options": {
-            key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items() if key != "memory_of"
-        },
+        "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "memory_of"},
         "ratios": ratios(measured),
         **measured,
     }
