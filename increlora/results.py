@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from increlora import distributed
-from increlora.checkpoint import changed_keys
+from increlora.checkpoint import changed_keys, writing
 from increlora.errors import UserError
 from increlora.surgery import rank_map
 from increlora.tasks import TaskData
@@ -111,11 +111,17 @@ def _version(package: str) -> str | None:
 
 
 def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
-    """Write the result file whole or not at all."""
+    """Write the result file whole or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     path = run_dir / FILE_NAME
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(result, indent=1) + "\n"
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     return path
 
 

@@ -60,6 +60,18 @@ def test_a_failed_write_leaves_the_old_result(tmp_path):
     assert results.stored(tmp_path, CONFIG)["cost"]["steps"] == 30
 
 
+def test_a_result_that_cannot_be_written_is_said_in_words(tmp_path, monkeypatch):
+    results.write(tmp_path, made())
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+        results.write(tmp_path, made())
+    assert results.stored(tmp_path, CONFIG)["cost"]["steps"] == 30
+
+
 def test_a_finished_run_is_found_and_another_configuration_refused(tmp_path):
     assert results.stored(tmp_path, CONFIG) is None
     results.write(tmp_path, made())
