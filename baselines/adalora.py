@@ -242,7 +242,22 @@ class AdaLoRA(Method):
         ):
             averages |= {name: value.to(model.get_parameter(name).device) for name, value in saved.items()}
 
+    @torch.no_grad()
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: _factors(layer) for name, layer in self.layers.items() if layer.lora_E[ADAPTER].any()}
+
     def merge(self, model: nn.Module) -> None:
         for name, layer in self.layers.items():
             layer.merge()
             surgery.replace(model, name, layer.get_base_layer())
+
+
+def _factors(layer: SVDLinear) -> tuple[Tensor, Tensor]:
+    """Q with Lambda and the scale folded in, and P, of the triplets that are not zero.
+
+    Between two prunings of the middle phase these may be more than the last pruning kept.
+    """
+    values, left, right = (getattr(layer, factor)[ADAPTER] for factor in FACTORS)
+    alive = values.view(-1) != 0
+    scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)  # as PEFT's forward divides
+    return scale * values[alive] * right[alive], left[:, alive].detach()

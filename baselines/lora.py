@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from increlora import surgery
 from increlora.errors import UserError
 from increlora.method import Method
 from increlora.streams import derive_seed
+
+ADAPTER = "default"  # PEFT's name for the only one
 
 
 @dataclass
@@ -54,6 +56,13 @@ class LoRA(Method):
 
     def ranks(self) -> dict[str, int]:
         return dict.fromkeys(self.layers, self.rank)
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            name: (layer.scaling[ADAPTER] * layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight.detach())
+            for name, layer in self.layers.items()
+        }
 
     def merge(self, model: nn.Module) -> None:
         for name, layer in self.layers.items():

@@ -1,0 +1,28 @@
+"""IncreLoRA (arXiv 2308.12043): low-rank adaptation that grows where it matters."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from increlora.algorithm import IncreLoRA as IncreLoRA
+    from increlora.errors import UserError as UserError
+    from increlora.growth import Growth as Growth
+    from increlora.schedule import multiplier as multiplier
+    from increlora.trainer import IncreLoRACallback as IncreLoRACallback
+
+HOMES = {
+    "Growth": "increlora.growth",
+    "IncreLoRA": "increlora.algorithm",
+    "IncreLoRACallback": "increlora.trainer",
+    "UserError": "increlora.errors",
+    "multiplier": "increlora.schedule",
+}
+__all__ = list(HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import increlora` costs nothing and only the Trainer's part needs transformers."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(HOMES[name]), name)

@@ -138,7 +138,7 @@ class IncreLoRA(Method):
         if self.scoring_window == "auto":
             slower = max(self.beta1, self.beta2)
             return math.ceil(math.log(FORGOTTEN) / math.log(slower)) if slower else 1
-        return self.scoring_window
+        return int(self.scoring_window)
 
     def extra_loss(self) -> Tensor | float:
         return self.orth_weight * self.orthogonal_penalty() if self.orth_weight else 0.0
@@ -223,11 +223,9 @@ class IncreLoRA(Method):
 
     def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
         counts = super().parameters_by_kind(model)
-        reserve = sum(p.numel() for linear in self._reserved() for p in linear.reserve.parameters() if p.requires_grad)
+        reserves = [linear.reserve for linear in self.linears.values() if linear.reserve is not None]
+        reserve = sum(p.numel() for component in reserves for p in component.parameters() if p.requires_grad)
         return counts | {"update": counts["update"] - reserve, "reserve": reserve}
-
-    def _reserved(self) -> list[IncrementalLinear]:
-        return [linear for linear in self.linears.values() if linear.reserve is not None]
 
     # keep and restore
 
@@ -238,7 +236,7 @@ class IncreLoRA(Method):
     def state_dict(self) -> dict[str, Any]:
         structure = {
             name: {
-                "components": [component.rank for component in linear.components],
+                "components": [component.rank for component in linear.all_components],
                 "active": linear.active,
                 "reserve_learns": linear.reserve_learns,
             }
@@ -251,12 +249,18 @@ class IncreLoRA(Method):
         self.importance.load_state_dict(state["importance"])
         for name, shape in state["structure"].items():
             linear = self.linears[name]
-            for rank in shape["components"][len(linear.components) :]:
+            del linear.components[1:]  # an earlier structure may be loaded over a later one
+            for rank in shape["components"][1:]:
                 linear.add_reserve(self._new_component(name, rank, 0.0), learns=self.advance_learning)
             for component in linear.components[: shape["active"]]:
                 component.requires_grad_(True)
             linear.set_structure(shape["active"], shape["reserve_learns"])
         self.penalty = None
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        # while ranks grow a reserve learns at the output, with lambda 1e-5: leaving it out would change the logits
+        return {name: linear.factors() for name, linear in self.linears.items()}
 
     def merge(self, model: nn.Module) -> None:
         for name, linear in self.linears.items():

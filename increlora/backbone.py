@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from increlora.errors import UserError
+from increlora.errors import UserError, first_line
 from increlora.hub import require_hub
 from increlora.streams import derive_seed, stream
 
@@ -81,9 +81,9 @@ class Backbone:
             )
 
     @property
-    def model_type(self) -> str | None:
+    def model_type(self) -> str:
         """The architecture's name in transformers, e.g. deberta-v2."""
-        return self.architecture.get("model_type")
+        return self.architecture.get("model_type", "")
 
     def model(self, num_labels: int, head_dropout: float = 0.0) -> "PreTrainedModel":
         """A sequence classifier in fp32: pretrained (or random) encoder, freshly drawn head.
@@ -159,7 +159,7 @@ class Backbone:
         # the client's network errors have come from three libraries so far, without a common class
         except Exception as error:
             raise UserError(
-                f"{self.hub} could not be fetched from the hub: {_first_line(error)}\nWithout it: {self._instead()}"
+                f"{self.hub} could not be fetched from the hub: {first_line(error)}\nWithout it: {self._instead()}"
             ) from error
         lacking = _lacking(folder, needs)
         if lacking:
@@ -295,7 +295,7 @@ def _cached(hub: str, revision: str | None, needs: Sequence[Alternatives]) -> Pa
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise UserError(f"backbone.hub={hub}: {_first_line(error)}") from error
+        raise UserError(f"backbone.hub={hub}: {first_line(error)}") from error
     return None if _lacking(folder, needs) else folder
 
 
@@ -313,7 +313,7 @@ def _readable(folder: Path, what: str) -> Iterator[None]:
         yield
     # safetensors, pickle, protobuf, tokenizers and transformers each raise their own, with no common class
     except Exception as error:
-        raise UserError(f"cannot read the {what} in {folder}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the {what} in {folder}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -330,11 +330,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 # tokenizers

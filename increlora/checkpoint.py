@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from increlora.errors import UserError
+from increlora.errors import UserError, first_line
+from increlora.files import changed_keys, writing
 from increlora.method import Method
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return _with_tensors(header["document"], tensors)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
+        raise UserError(f"{path} is truncated or not a checkpoint ({first_line(error)})") from None
 
 
 def previous(path: Path) -> Path:
@@ -99,18 +100,6 @@ def newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {path}: {_first_line(error)}.\n"
-            "What was there before is whole; make room or mend the folder, and the same command continues."
-        ) from error
-
-
-@contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder for this process until the end of the block, or of the process.
 
@@ -127,10 +116,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise UserError(f"another process is running in {folder}; wait for it or choose another run_dir") from None
     with lock:  # the file stays: deleting it would let a third process lock a new one beside a held one
         yield
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -209,19 +194,6 @@ class Checkpoints:
             file.unlink(missing_ok=True)
 
 
-def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """The dotted keys in which two nested mappings differ."""
-    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-        return [] if a == b else [prefix]
-    missing = object()
-    keys = [*a, *(key for key in b if key not in a)]
-    return [
-        path
-        for key in keys
-        for path in changed_keys(a.get(key, missing), b.get(key, missing), f"{prefix}.{key}".lstrip("."))
-    ]
-
-
 # the parts of a training run
 
 
@@ -280,7 +252,8 @@ def _like(value: Any, parameter: nn.Parameter, key: str) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The states of every global random generator: torch on CPU and GPU, Python, numpy."""
-    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    legacy: Any = numpy.random.get_state()  # a tuple, unless asked otherwise
+    name, keys, position, has_gauss, cached = legacy
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

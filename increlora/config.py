@@ -1,6 +1,6 @@
 """From the command line to objects: compose, name the run, build; errors in two lines.
 
-The library does not need this module or Hydra; `run.py` and the scripts do.
+Of the library only `increlora.trained` needs this module, and none of it Hydra itself; `run.py` and the scripts do.
 """
 
 import functools
@@ -27,7 +27,7 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 IDENTITY = ("backbone", "budget", "method", "task", "seed")
 # change where a run lies, what it shows or where it computes, not what it is
 NEUTRAL = (
-    "tracker", "run_dir", "overwrite", "device", "hydra", "sweep", "backbone.path", "task.data_dir",
+    "tracker", "run_dir", "overwrite", "device", "hydra", "backbone.path", "task.data_dir",
     "train.progress", "train.log_interval", "train.checkpoint_interval",
 )  # fmt: skip
 
@@ -139,6 +139,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def call(*arguments: Any, **keywords: Any) -> Any:
+        before = os.environ.get("HYDRA_FULL_ERROR", "0")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra raise what is wrong instead of printing pages
         try:
             with readable_errors():
@@ -150,5 +151,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(error.exit_code)
         except KeyboardInterrupt:  # before or after training, where there is nothing to keep
             sys.exit(128 + signal.SIGINT)
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
     return call

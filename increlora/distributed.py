@@ -91,8 +91,11 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         if parameter.grad is not None:
             by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_dtype.values():
-        averaged = _unflatten_dense_tensors(mean(_flatten_dense_tensors(gradients)), gradients)
-        torch._foreach_copy_(gradients, list(averaged))
+        flat = mean(_flatten_dense_tensors(gradients))
+        if len(gradients) > 1:
+            torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
+        else:  # flat may be the gradient itself, which cannot be copied onto itself
+            gradients[0].copy_(flat.view_as(gradients[0]))
 
 
 @_speaking

@@ -17,3 +17,9 @@ class Interrupted(UserError):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, at most 200 characters; its type if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

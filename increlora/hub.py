@@ -24,6 +24,7 @@ def require_hub(instead: str) -> None:
     """
     from huggingface_hub import constants
 
+    trouble: str | None
     if constants.HF_HUB_OFFLINE:
         trouble = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
     else:

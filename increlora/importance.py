@@ -29,7 +29,7 @@ def sensitivity(delta: Tensor, gradient: Tensor, reduction: str = "sqrt") -> Ten
         delta: the update, (out, in).
         gradient: d(task loss) / d(delta), (out, in).
     """
-    total = (delta * gradient).abs().sum()
+    total = (delta * gradient).abs_().sum()
     return total / (delta.numel() ** 0.5 if reduction == "sqrt" else delta.numel())
 
 
@@ -64,7 +64,7 @@ class DeltaGradient:
             output_gradient = output_gradient.float()
         gradient = output_gradient.t() @ x.flatten(0, -2).to(output_gradient.dtype)
         gradient = gradient.to(self.linear.weight.dtype)
-        self.gradient = gradient if self.gradient is None or self.last_use_only else self.gradient + gradient
+        self.gradient = gradient if self.gradient is None or self.last_use_only else self.gradient.add_(gradient)
         self.awaited -= 1
         if self.awaited == 0:
             self.remaining -= 1

@@ -7,6 +7,7 @@ The paper's reconstructed update and its orthogonal regularisation (arXiv 2308.1
 """
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Component(nn.Module):
 
     def __init__(self, rank: int, base: nn.Linear, lambda_value: float, generator: torch.Generator):
         super().__init__()
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
 
         def normal(*shape: int) -> nn.Parameter:
             # drawn on the CPU in float32, so that the values do not depend on the device
@@ -54,7 +55,7 @@ class IncrementalLinear(nn.Module):
         self.components = nn.ModuleList()  # the active ones first, then at most one in reserve
         self.alpha, self.rank_epsilon = alpha, rank_epsilon
         self.dropout = nn.Dropout(dropout)
-        self.watcher = None  # importance.DeltaGradient while a step is scored
+        self.watcher: Any = None  # importance.DeltaGradient while a step is scored
         self.set_structure(0, False)
 
     def set_structure(self, active: int, reserve_learns: bool) -> None:
@@ -62,16 +63,21 @@ class IncrementalLinear(nn.Module):
 
         What every forward needs of the structure is worked out here, once per growth.
         """
-        components = list(self.components)
+        components = self.all_components
         self.active, self.reserve_learns = active, reserve_learns
         self.rank = sum(component.rank for component in components[:active])  # of rank-one components
         self.used = components[: active + reserve_learns]
         self.scale = self.alpha / (self.rank + self.rank_epsilon) if self.rank else 0.0
 
     @property
+    def all_components(self) -> list[Component]:
+        """The active ones first, then at most one in reserve."""
+        return cast(list[Component], list(self.components))
+
+    @property
     def reserve(self) -> Component | None:
         """The component that learns in advance, or waits inert."""
-        return self.components[self.active] if len(self.components) > self.active else None
+        return self.all_components[self.active] if len(self.components) > self.active else None
 
     # what other code asks of a linear layer
     in_features = property(lambda self: self.base.in_features)
@@ -94,7 +100,7 @@ class IncrementalLinear(nn.Module):
 
     def activate_reserve(self) -> Component:
         """The reserve becomes part of the rank; returns it, all of it training."""
-        component = self.reserve.requires_grad_(True)
+        component = self.all_components[self.active].requires_grad_(True)
         self.set_structure(self.active + 1, False)
         return component
 
@@ -150,7 +156,7 @@ class OrthogonalPenalty:
         by_width: dict[tuple[bool, int], list[list[Component]]] = {}
         for linear in linears:
             for is_A, width in ((True, linear.in_features), (False, linear.out_features)):
-                by_width.setdefault((is_A, width), []).append(list(linear.components))
+                by_width.setdefault((is_A, width), []).append(linear.all_components)
         self.sides = [self._side(matrices, is_A) for (is_A, _), matrices in by_width.items()]
 
     @property

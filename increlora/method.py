@@ -48,9 +48,10 @@ class Method:
 
     Args:
         name: the method's name in results and tables.
-        kinds: kind of matrix -> regular expression over module names (from the backbone).
+        kinds: kind of matrix -> regular expression over module names (from the backbone); none given: every
+            linear layer in the model's numbered layers.
         head: regular expression over parameter names: the freshly initialised part that every method
-            trains and no budget counts (pooler and classifier).
+            trains and no budget counts (pooler and classifier); None: there is none, as in a language model.
         matrices: the kinds to adapt; None adapts all of `kinds`.
         seed: seed of the method's own random streams.
 
@@ -61,7 +62,7 @@ class Method:
 
     name: str = "full"
     kinds: Mapping[str, str] = field(default_factory=dict)
-    head: str = r".*(pooler|classifier)\..*"
+    head: str | None = r".*(pooler|classifier)\..*"
     matrices: list[str] | None = None
     seed: int = 0
     allocations: list[Allocation] = field(default_factory=list, init=False, repr=False)
@@ -146,6 +147,18 @@ class Method:
         """Rebuild structure and state on a prepared model; the weights are loaded afterwards, by name."""
         self.allocations = [Allocation(**allocation) for allocation in state["allocations"]]
 
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every matrix's update in evaluation mode as a product B A: its A (r, in) and B (out, r), by module name.
+
+        All scales are folded in. r counts what reaches the output, which may be more than the rank; a matrix
+        whose update is zero throughout may be left out.
+
+        Raises:
+            UserError: the update is not of this form.
+        """
+        instead = "the merged model can be written instead" if self.can_merge else "nor can it be merged"
+        raise UserError(f"{self.name} trains no low-rank factors, so no LoRA adapter can hold it; {instead}")
+
     def merge(self, model: nn.Module) -> None:
         """Fold the update into the model's own layers in place; outputs stay the same.
 
@@ -157,21 +170,21 @@ class Method:
 
     def head_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """The head's parameters by name."""
-        return [(name, p) for name, p in model.named_parameters() if re.fullmatch(self.head, name)]
+        return [(name, p) for name, p in model.named_parameters() if self.head and re.fullmatch(self.head, name)]
 
     def adapted_matrices(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers to adapt, by name, in model order."""
-        unknown = sorted(set(self.matrices or []) - set(self.kinds))
+        kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
+        unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:
-            raise UserError(
-                f"method.matrices names {', '.join(unknown)}; the backbone has: {', '.join(self.kinds) or 'none'}"
-            )
-        return surgery.find_matrices(model, {k: self.kinds[k] for k in self.matrices or self.kinds})
+            raise UserError(f"method.matrices names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
+        return surgery.find_matrices(model, {k: kinds[k] for k in self.matrices or kinds})
 
     def freeze_all_but_head(self, model: nn.Module) -> None:
         """Freeze the encoder, train pooler and classifier."""
         surgery.freeze(model)
-        surgery.unfreeze_matching(model, self.head)
+        if self.head:
+            surgery.unfreeze_matching(model, self.head)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

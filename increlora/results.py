@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from increlora import distributed
-from increlora.checkpoint import changed_keys, writing
 from increlora.errors import UserError
-from increlora.surgery import rank_map
-from increlora.tasks import TaskData
-from increlora.train import Evaluation, Outcome
+from increlora.files import changed_keys, writing
+from increlora.matrices import rank_map
+
+if TYPE_CHECKING:  # reading results must not cost the import of torch
+    from increlora.tasks import TaskData
+    from increlora.train import Evaluation, Outcome
 
 FILE_NAME = "result.json"
 PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
@@ -24,8 +25,8 @@ PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 def build(
     run: Mapping[str, Any],
     config: Mapping[str, Any],
-    data: TaskData,
-    outcome: Outcome,
+    data: "TaskData",
+    outcome: "Outcome",
     device: str,
 ) -> dict[str, Any]:
     """The content of a result file.
@@ -35,10 +36,10 @@ def build(
     same checkpoint each.
     """
     primary = next(iter(data.evaluation))
-    chosen = {"best": outcome.best(primary), "last": outcome.curve[-1] if outcome.curve else None}
+    found = {"best": outcome.best(primary), "last": outcome.curve[-1] if outcome.curve else None}
     if "holdout" in data.evaluation:
-        chosen["clean"] = outcome.best("holdout")
-    chosen = {name: evaluation for name, evaluation in chosen.items() if evaluation is not None}
+        found["clean"] = outcome.best("holdout")
+    chosen = {name: evaluation for name, evaluation in found.items() if evaluation is not None}
     return {
         "status": outcome.status,
         "run": dict(run),
@@ -61,7 +62,7 @@ def build(
     }
 
 
-def _score(evaluation: Evaluation, primary: str) -> dict[str, Any]:
+def _score(evaluation: "Evaluation", primary: str) -> dict[str, Any]:
     return {
         "score": evaluation.scores[primary]["score"],
         "step": evaluation.step,
@@ -69,7 +70,7 @@ def _score(evaluation: Evaluation, primary: str) -> dict[str, Any]:
     }
 
 
-def _point(evaluation: Evaluation) -> dict[str, Any]:
+def _point(evaluation: "Evaluation") -> dict[str, Any]:
     point = asdict(evaluation)
     point["total_rank"] = sum(point.pop("ranks").values())
     del point["parameters"]
@@ -78,6 +79,8 @@ def _point(evaluation: Evaluation) -> dict[str, Any]:
 
 def code_state(device: str) -> dict[str, Any]:
     """Commit, whether the tree is dirty, versions of what computes, the machine and the number of processes."""
+    from increlora import distributed
+
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -161,6 +164,13 @@ def load_runs(root: Path) -> list[dict[str, Any]]:
     return [
         read(path) for path in sorted(root.rglob("*.json")) if path.name == FILE_NAME or path.stem.startswith("seed")
     ]
+
+
+def last_score(result: Mapping[str, Any], split: str) -> float:
+    """The primary score on a split at the end of a run; the lowest possible if it diverged."""
+    if result["status"] != "finished":
+        return float("-inf")
+    return result["curve"][-1]["scores"][split]["score"]
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -181,6 +181,7 @@ def compare(
     differences = np.array(list(paired.values()))
     several = len(paired) > 1
     p = sign_flip_test(differences)
+    of_method, of_against = (len(set(paired) & set((diverged or {}).get(name, ()))) for name in (method, against))
     return Comparison(
         method=method,
         against=against,
@@ -192,7 +193,7 @@ def compare(
         p=p,
         adjusted_p=p,
         smallest_p=smallest_p(len(paired)),
-        diverged=tuple(len(set(paired) & set((diverged or {}).get(name, ()))) for name in (method, against)),
+        diverged=(of_method, of_against),
     )
 
 

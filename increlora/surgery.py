@@ -1,11 +1,12 @@
 """Find, freeze and replace modules of a model by name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from increlora.errors import UserError
+from increlora.matrices import kind_of
 
 
 def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Linear]:
@@ -29,14 +30,26 @@ def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Li
     return {name: module for name, module in linears.items() if kind_of(name, kinds) is not None}
 
 
-def kind_of(name: str, kinds: Mapping[str, str]) -> str | None:
-    """The kind of matrix that a module name belongs to, None if it belongs to none."""
-    return next((kind for kind, pattern in kinds.items() if re.fullmatch(pattern, name)), None)
+def kinds_of_layers(model: nn.Module, head: str | None = None) -> dict[str, str]:
+    """Kinds for every linear layer that lies in a numbered layer of the model and not in the head.
 
+    A kind is called by the module's name with N for the numbers, e.g. `model.layers.N.self_attn.q_proj`.
 
-def layer_of(name: str) -> int:
-    """The layer number in a module name (its first whole number), -1 if it has none."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+    Args:
+        head: regular expression over parameter names; None: the model has no head.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    in_head = {name for name in linears if head and re.fullmatch(head, f"{name}.weight")}
+    inside = [name for name in linears if any(part.isdigit() for part in name.split(".")[:-1]) and name not in in_head]
+    if not inside:
+        raise UserError(
+            f"the model has no nn.Linear in numbered layers, it has: {', '.join(_shapes_of_names(linears)) or 'none'}. "
+            "Say which to adapt: kinds={'name': r'regular expression over module names'}."
+        )
+    return {_shape_of(name): re.sub(r"\b\d+\b", r"\\d+", re.escape(name)) for name in inside}
 
 
 def freeze(model: nn.Module) -> None:
@@ -54,7 +67,10 @@ def unfreeze_matching(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in model.named_parameters() if re.fullmatch(pattern, name)]
     if not names:
         children = ", ".join(name for name, _ in model.named_children())
-        raise UserError(f"no parameter matches the head pattern {pattern!r}; the model's parts are: {children}")
+        raise UserError(
+            f"no parameter matches the head pattern {pattern!r}; the model's parts are: {children}. "
+            "Set head, to None if only the adapted matrices should train."
+        )
     for name in names:
         model.get_parameter(name).requires_grad_(True)
     return names
@@ -66,18 +82,9 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _shapes_of_names(names) -> list[str]:
-    return sorted({re.sub(r"\b\d+\b", "N", name) for name in names})
+def _shapes_of_names(names: Iterable[str]) -> list[str]:
+    return sorted({_shape_of(name) for name in names})
 
 
-def rank_map(ranks: Mapping[str, int], kinds: Mapping[str, str]) -> tuple[list[int], list[str], list[list[int]]]:
-    """Ranks laid out as layer x kind of matrix: the layers, the kinds, and one row of ranks per layer.
-
-    A cell holds the sum where a layer has several matrices of a kind, and 0 where it has none.
-    """
-    layers = sorted({layer_of(name) for name in ranks})
-    present = [kind for kind in kinds if any(kind_of(name, kinds) == kind for name in ranks)]
-    cells = [[0] * len(present) for _ in layers]
-    for name, rank in ranks.items():
-        cells[layers.index(layer_of(name))][present.index(kind_of(name, kinds))] += rank
-    return layers, present, cells
+def _shape_of(name: str) -> str:
+    return re.sub(r"\b\d+\b", "N", name)

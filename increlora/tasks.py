@@ -8,15 +8,16 @@ character), a header line unless `columns` gives positions.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from increlora import token_cache
 from increlora.errors import UserError
 from increlora.streams import stream
 
@@ -24,6 +25,7 @@ GLUE = "nyu-mll/glue"
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
 SCORE_METRICS = ("pearson", "spearmanr")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Task:
     """One task; the fields are the keys of `configs/task/<name>.yaml`.
 
     Args:
+        name: the task's name in results and tables.
         fields: one or two columns of text.
         labels: class names in order of their ids; None for regression.
         metrics: any of accuracy, f1, matthews_correlation (classes), pearson, spearmanr (scores).
@@ -98,7 +101,8 @@ class Task:
         lenient: leave out rows with a wrong number of fields (they are counted) and keep empty texts, as
             the hub's QQP does; otherwise both are errors.
         head_dropout: dropout before the classifier (applied by the backbone).
-        data_dir: folder of TSV files; None reads the hub.
+        data_dir: folder of TSV files, or a folder that holds it as `folder`; None reads the hub.
+        folder: name of the task's folder in the public GLUE archive.
         train_examples: published size of train, to plan with (scripts/describe.py); the data has the last word.
         holdout: share of train held out as the split `holdout`.
         train_fraction: share of train used at all; drawn before `holdout`, smaller shares are subsets.
@@ -121,6 +125,7 @@ class Task:
     lenient: bool = False
     head_dropout: float = 0.0
     data_dir: str | None = None
+    folder: str | None = None
     train_examples: int | None = None
     holdout: float = 0.0
     train_fraction: float = 1.0
@@ -180,7 +185,7 @@ class Task:
         self._check_length(tokenizer)
         source, splits = self.read()
         chosen = self._choose(splits)
-        tokenised = {name: self._tokenise(name, examples, tokenizer) for name, examples in chosen.items()}
+        tokenised = {name: self.tokenise(name, examples, tokenizer) for name, examples in chosen.items()}
         truncated = {name: self._count_truncated(tokenised[name], chosen[name], tokenizer) for name in chosen}
         return TaskData(
             train=tokenised["train"],
@@ -195,27 +200,60 @@ class Task:
     def read(self) -> tuple[str, dict[str, Examples]]:
         """The source, and its splits as they are: `train`, then those of `dev`."""
         names = ["train", *self.dev]
-        if self.data_dir is not None:
+        if self._is_local():
             return str(self.data_dir), {name: self._read_tsv(name) for name in names}
-        if self.subset is None:
-            raise UserError(f"task {self.name} is not on the hub; set task.data_dir=DIR, a folder with train.tsv")
         return f"{GLUE}@{GLUE_REVISION}", {name: self._read_hub(name) for name in names}
 
-    def _read_tsv(self, split: str) -> Examples:
-        folder = Path(self.data_dir).expanduser()
+    def read_test(self, split: str = "test", file: str | None = None) -> list[tuple[str, ...]]:
+        """The texts of a split without labels, every row of it; local files of this kind all have a header.
+
+        Args:
+            split: its name on the hub, e.g. `test_matched`.
+            file: the local file without `.tsv`, where its name is another.
+        """
+        if self._is_local():
+            return self._read_unlabelled(self._path(file or split))
+        table = hub_table(cast(str, self.subset), split)
+        return list(zip(*(table[name] for name in self.fields), strict=True))
+
+    def _read_unlabelled(self, path: Path) -> list[tuple[str, ...]]:
+        # never lenient about the width: a row left out would shift the predictions of all that follow
+        table = read_tsv(path, [self.column(name) for name in self.fields])
+        return [tuple(self.text(text, f"{path}, line {line}") for text in row) for line, row in table.rows]
+
+    def column(self, name: str) -> str:
+        """The name of a field's column in a file with a header."""
+        column = self.columns.get(name, name)
+        return column if isinstance(column, str) else name
+
+    def _is_local(self) -> bool:
+        if self.data_dir is None and self.subset is None:
+            raise UserError(f"task {self.name} is not on the hub; set task.data_dir=DIR, a folder with train.tsv")
+        return self.data_dir is not None
+
+    def _path(self, split: str) -> Path:
+        folder = Path(cast(str, self.data_dir)).expanduser()
+        if self.folder and (folder / self.folder).is_dir():
+            folder /= self.folder
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; task.data_dir must hold {self._file_names()}")
+            raise UserError(f"{folder}: no such folder; task.data_dir must hold {self._file_names(split)}")
         path = folder / f"{split}.tsv"
         if not path.is_file():
-            raise UserError(f"{path}: no such file; task {self.name} needs {self._file_names()}")
+            raise UserError(f"{path}: no such file; task {self.name} needs {self._file_names(split)}")
+        return path
+
+    def _read_tsv(self, split: str) -> Examples:
+        path = self._path(split)
         columns = [self.columns.get(name, name) for name in (*self.fields, "label")]
         table = read_tsv(path, columns, self.lenient)
-        texts = [tuple(self._text(text, f"{path}, line {line}") for text in row[:-1]) for line, row in table.rows]
+        texts = [tuple(self.text(text, f"{path}, line {line}") for text in row[:-1]) for line, row in table.rows]
         labels = [self._label(row[-1], f"{path}, line {line}") for line, row in table.rows]
         return Examples(texts, labels, table.skipped)
 
     def _read_hub(self, split: str) -> Examples:
-        table = hub_table(self.subset, "train" if split == "train" else split.replace("dev", "validation", 1))
+        table = hub_table(
+            cast(str, self.subset), "train" if split == "train" else split.replace("dev", "validation", 1)
+        )
         texts = list(zip(*(table[name] for name in self.fields), strict=True))
         labels = [
             self._label(str(label), f"{GLUE} {self.subset} {split}, row {row}")
@@ -223,10 +261,16 @@ class Task:
         ]
         return Examples(texts, labels)
 
-    def _file_names(self) -> str:
-        return ", ".join(f"{split}.tsv" for split in ("train", *self.dev))
+    def _file_names(self, split: str) -> str:
+        splits = ("train", *self.dev)
+        return ", ".join(f"{name}.tsv" for name in (splits if split in splits else [split]))
 
-    def _text(self, text: str, where: str) -> str:
+    def text(self, text: str, where: str) -> str:
+        """The text itself.
+
+        Raises:
+            UserError: it is empty, and the task is not lenient.
+        """
         if not self.lenient and not text.strip():
             raise UserError(f"{where}: an empty text; mend the row, or keep such rows with ++task.lenient=true")
         return text
@@ -236,10 +280,10 @@ class Task:
 
     def _class_id(self, word: str, where: str) -> int:
         """The id of a class given by name or by id."""
-        known = {str(i): i for i in range(self.num_labels)} | {name: i for i, name in enumerate(self.labels)}
+        known = {str(i): i for i in range(self.num_labels)} | {name: i for i, name in enumerate(self.labels or ())}
         if word.strip() not in known:
             raise UserError(
-                f"{where}: unknown label {word!r}; task {self.name} knows {', '.join(self.labels)}"
+                f"{where}: unknown label {word!r}; task {self.name} knows {', '.join(self.labels or ())}"
                 f" or 0 to {self.num_labels - 1}"
             )
         return known[word.strip()]
@@ -273,9 +317,14 @@ class Task:
         order = torch.randperm(len(indices), generator=stream(self.seed, purpose)).tolist()
         return sorted(indices[i] for i in order[:count])
 
-    def _tokenise(self, name: str, examples: Examples, tokenizer: Any) -> Split:
-        encoded = tokenizer(*zip_columns(examples.texts), truncation=True, max_length=self.max_length)
-        return Split(name, encoded["input_ids"], encoded.get("token_type_ids"), examples.labels)
+    def tokenise(self, name: str, examples: Examples, tokenizer: Any) -> Split:
+        """The examples as token ids, cut at `max_length`."""
+
+        def compute() -> token_cache.Encoded:
+            encoded = tokenizer(*zip_columns(examples.texts), truncation=True, max_length=self.max_length)
+            return encoded["input_ids"], encoded.get("token_type_ids")
+
+        return Split(name, *token_cache.encoded(examples.texts, tokenizer, self.max_length, compute), examples.labels)
 
     def _count_truncated(self, split: Split, examples: Examples, tokenizer: Any) -> int:
         """How many examples were cut: of those that fill `max_length`, the ones that are longer uncut."""
@@ -404,21 +453,32 @@ def zip_columns(texts: Sequence[tuple[str, ...]]) -> list[list[str]]:
 
 def _decoded_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and fields of every line; the byte-order mark, line ends and a last empty line are dropped."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     if not content.strip():
         raise UserError(f"{path}: the file is empty; task.data_dir must hold the task's TSV files")
     lines = content.split(b"\n")
     if not lines[-1].strip():
         lines.pop()
+    for number, line in decoded(lines, path):
+        yield number, line.split("\t")
+
+
+def decoded(lines: Iterable[bytes], source: object) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of every line; the byte-order mark and line ends are dropped.
+
+    Raises:
+        UserError: it is not UTF-8, with source and line.
+    """
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         try:
-            yield number, line.removesuffix(b"\r").decode("utf-8").split("\t")
+            yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, line {number}: not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
+            raise UserError(f"{source}, line {number}: not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
 
 
 def _positions(path: Path, first: Sequence[str], columns: Sequence[str | int], headless: bool) -> list[int]:
-    names = list(range(len(first))) if headless else list(first)
+    names: list[str | int] = [*range(len(first))] if headless else [*first]
     missing = [str(column) for column in columns if column not in names]
     if missing:
         have = f"{len(first)} columns and no header" if headless else f"the columns {', '.join(first)}"

@@ -11,13 +11,13 @@ import netrc
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from increlora.checkpoint import writing
-from increlora.surgery import rank_map
+from increlora.files import writing
+from increlora.matrices import rank_map
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class WandbTracker(Tracker):
         state: Mapping[str, Any] | None = None,
     ) -> None:
         super().start(run_dir, run, config, state)
-        self.run = None
+        self.run: Any = None  # a wandb.Run
         self._mirror(lambda: self._init(run_dir, run, config, state or {}))
 
     def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class WandbTracker(Tracker):
             return [*super().where(), f"W&B (offline): {folder}", f"to upload it later: wandb sync {folder}"]
         return [*super().where(), f"W&B: {self.run.url or self.mode}"]
 
-    def _mirror(self, call) -> None:
+    def _mirror(self, call: Callable[[], Any]) -> None:
         """Run a W&B call; a failure ends the mirroring, not the training."""
         if self.mode == "disabled":
             return
@@ -198,7 +198,7 @@ def _online() -> bool:
     """Whether W&B has an API key and can be reached within two seconds."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
+        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host or "")
         if not key:
             return False
         socket.create_connection((host, 443), timeout=2).close()
@@ -207,7 +207,7 @@ def _online() -> bool:
     return True
 
 
-def _draw(layers: list[int], kinds: list[str], cells: list[list[int]]):
+def _draw(layers: list[int], kinds: list[str], cells: list[list[int]]) -> Any:
     """The rank map as a small picture."""
     from matplotlib.figure import Figure
     from PIL import Image

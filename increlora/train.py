@@ -37,8 +37,12 @@ class Settings:
     Args:
         learning_rate: peak of the schedule; it warms up over `warmup_steps`, then falls linearly to 0.
         weight_decay: of AdamW; not on biases and normalisation weights.
-        batch_size: examples per optimizer step, split into `accumulation` micro-batches.
-        epochs: passes over the training data; `max_steps` cuts them short.
+        batch_size: examples per optimizer step.
+        eval_batch_size: examples at a time in evaluation; no score depends on it.
+        accumulation: micro-batches that a batch is split into.
+        epochs: passes over the training data.
+        max_steps: optimizer steps after which a run ends at the latest.
+        warmup_steps: of the learning rate; new parameters get a warmup of their own of this length.
         max_grad_norm: gradients are clipped to this norm over all parameters.
         eval_interval: optimizer steps between evaluations; the last step is always evaluated.
         log_interval: optimizer steps between log lines.
@@ -46,6 +50,7 @@ class Settings:
         max_skipped: non-finite steps in a row after which the run counts as diverged.
         precision: fp32, bf16 (autocast) or fp16 (autocast and loss scaling, GPU only).
         device: auto, cpu, cuda or cuda:<n>.
+        progress: show a progress bar.
     """
 
     learning_rate: float = 1e-3
@@ -119,6 +124,7 @@ class Evaluation:
     ranks: dict[str, int]
     parameters: dict[str, int]
     seconds: float
+    orthogonal_penalty: float | None = None  # unweighted; None where the method has none
 
 
 @dataclass
@@ -204,13 +210,14 @@ def take_step(
         stop: whether this process was asked to stop; passed on to all.
     """
     method.begin_step(step, len(micro_batches), scaler.get_scale())
-    loss = 0.0
+    losses = []
     for index, micro_batch in enumerate(micro_batches):
         task_loss = loss_of(micro_batch) / len(micro_batches)
-        loss += task_loss.item()
+        losses.append(task_loss.detach())
         scaler.scale(task_loss + method.extra_loss() if index == 0 else task_loss).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distributed.average_gradients(parameters)
+    loss = sum(value.item() for value in losses)  # only now: a GPU is not to be waited for in between
     loss, stopping = distributed.mean(torch.tensor([loss, float(stop)], dtype=torch.float64)).tolist()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
@@ -374,7 +381,10 @@ class Training:
         scores = evaluate(self.model, self.task, self.data, self.settings, self.pad_id)
         epoch = progress.position * self.settings.batch_size / len(self.lengths)
         parameters = method.parameters_by_kind(self.model)
-        progress.curve.append(Evaluation(progress.step, epoch, scores, method.ranks(), parameters, self._seconds()))
+        penalty = method.metrics().get("train/orthogonal_penalty")
+        progress.curve.append(
+            Evaluation(progress.step, epoch, scores, method.ranks(), parameters, self._seconds(), penalty)
+        )
         if self.checkpoints and distributed.is_main() and best(progress.curve, self.primary) is progress.curve[-1]:
             self.checkpoints.keep("best", checkpoint.model_state(self.model, method))
         return {

@@ -21,6 +21,9 @@ from increlora.method import Method
 @config.guarded
 def main() -> None:
     """Print the description of the run that the command line asks for."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     as_json = "--json" in sys.argv
     described = describe([argument for argument in sys.argv[1:] if argument != "--json"])
     print(json.dumps(described, indent=1) if as_json else table(described))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from increlora import config, hub, surgery
 from increlora.backbone import Backbone
 from increlora.errors import UserError
+from increlora.matrices import layer_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -127,7 +128,7 @@ def test_published_sizes_and_the_six_kinds(name):
     assert len(matrices) == 6 * layers
     for kind, shape in shapes.items():
         found = surgery.find_matrices(model, {kind: backbone.kinds[kind]})
-        assert [surgery.layer_of(matrix) for matrix in found] == list(range(layers))
+        assert [layer_of(matrix) for matrix in found] == list(range(layers))
         assert {tuple(matrix.weight.shape) for matrix in found.values()} == {shape}
     matrix_of_each_kind = [kind for matrix in matrices for kind in shapes if re.fullmatch(backbone.kinds[kind], matrix)]
     assert len(matrix_of_each_kind) == len(matrices), "a matrix is of two kinds"

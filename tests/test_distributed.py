@@ -106,3 +106,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
     done = run([*TORCHRUN, ROOT / "run.py", *SMALL, "train.batch_size=15"], cwd=tmp_path)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
     assert "times the processes (2) must divide train.batch_size (15)" in done.stderr
+
+
+def test_a_single_gradient_is_averaged_too(tmp_path):
+    (tmp_path / "one.py").write_text(
+        "import torch, torch.distributed as dist\n"
+        "from increlora import distributed\n"
+        "dist.init_process_group('gloo')\n"
+        "a, b = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))\n"
+        "a.grad = torch.full((3, 2), float(dist.get_rank())).t()\n"  # not contiguous
+        "b.grad = torch.full((2,), 2.0 * dist.get_rank(), dtype=torch.float64)\n"
+        "distributed.average_gradients([a, b])\n"
+        "assert a.grad.unique().tolist() == [0.5] and b.grad.tolist() == [1.0, 1.0]\n"
+        "dist.destroy_process_group()\n"
+    )
+    done = run([*TORCHRUN, tmp_path / "one.py"])
+    assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ def test_only_the_algorithm_knows_its_four_parts():
     assert parts - {"schedule"} <= modules(ROOT / "increlora" / "algorithm.py")
     assert modules(ROOT / "increlora" / "allocator.py") <= {"errors"}
     assert not modules(ROOT / "increlora" / "schedule.py")
-    for name in ("train", "method", "results", "tracker"):
+    for name in ("train", "method", "results", "tracker", "growth", "trainer"):
         assert not modules(ROOT / "increlora" / f"{name}.py") & (parts - {"schedule"} | {"algorithm"})
 
 
@@ -60,7 +60,7 @@ def test_only_the_algorithm_knows_its_four_parts():
     ("package", "homes"),
     [
         ("wandb", {"tracker.py"}),
-        ("transformers", {"backbone.py", "tasks.py", "hub.py"}),
+        ("transformers", {"trainer.py", "backbone.py", "tasks.py", "hub.py"}),
         ("datasets", {"backbone.py", "tasks.py", "hub.py"}),
         ("hydra", {"config.py", "run.py"}),
     ],
@@ -71,13 +71,19 @@ def test_a_package_has_a_home(path, package, homes):
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.name)
+def test_nothing_needs_the_part_for_the_trainer(path):
+    assert "trainer" not in modules(path) or path.name == "__init__.py"  # which imports it on first use
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.name)
 def test_peft_stays_out_of_the_library_but_for_export(path):
     assert "peft" not in packages(path) or path.name == "export.py"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebooks_read_results_only(path):
-    assert modules(path) <= {"results", "statistics"}
+    assert modules(path) <= {"results", "statistics", "figures"}
+    assert not packages(path) & {"torch", "baselines", "scripts", "run"}
 
 
 @pytest.mark.parametrize("path", [*LIBRARY, *BASELINES], ids=lambda p: p.name)

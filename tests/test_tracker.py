@@ -4,7 +4,7 @@ import json
 import logging
 import struct
 
-from increlora.surgery import rank_map
+from increlora.matrices import rank_map
 from increlora.tracker import Tracker, WandbTracker
 
 BLOCK = 32768

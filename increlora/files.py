@@ -1,0 +1,35 @@
+"""What every file that is written or compared needs: a failed write said in words, differences by dotted key."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from increlora.errors import UserError, first_line
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into a UserError that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {path}: {first_line(error)}.\n"
+            "What was there before is whole; make room or mend the folder, and the same command continues."
+        ) from error
+
+
+def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """The dotted keys in which two nested mappings differ."""
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return [] if a == b else [prefix]
+    missing = object()
+    keys = [*a, *(key for key in b if key not in a)]
+    return [
+        path
+        for key in keys
+        for path in changed_keys(a.get(key, missing), b.get(key, missing), f"{prefix}.{key}".lstrip("."))
+    ]

@@ -1,0 +1,229 @@
+"""A method in somebody else's training code: learning rates, new groups, several processes, whole checkpoints."""
+
+import io
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from increlora import distributed
+from increlora.errors import UserError
+from increlora.method import Method
+from increlora.schedule import multiplier
+
+STATE = "increlora_state"  # the entry of model.state_dict() that holds what the weights alone do not say
+
+
+class Growth:
+    """Keeps an optimizer, and the state dicts of model and optimizer, in step with a method that grows.
+
+        method.prepare(model, total_steps)
+        optimizer = torch.optim.AdamW(method.param_groups(model), lr=1e-3)
+        growth = Growth(method, model, optimizer, total_steps, warmup_steps)
+        while growth.step < total_steps:
+            growth.begin_step(len(micro_batches))      # learning rates, gradient of the method's own loss
+            for micro_batch in micro_batches:
+                task_loss.backward()
+            clip gradients
+            growth.before_step()                       # new parameter groups
+            optimizer.step()
+            growth.after_step()
+            optimizer.zero_grad()
+
+    *Learning rates* are `multiplier(step, born, total_steps, warmup_steps)` times the rate that a group had
+    when this object was made; new groups take the options of the first group that decays. No scheduler
+    is needed beside it. A step whose gradients are not finite changes nothing and is not counted.
+
+    *Checkpoints*: `model.state_dict()` carries one more entry, `increlora_state`. When a state is loaded into a
+    model that was prepared alike, the structure is rebuilt before the weights are read, and
+    `optimizer.load_state_dict` rebuilds its groups by parameter name; load the model first. Whatever saves
+    and loads the two state dicts (Trainer, accelerate, `torch.save`) therefore resumes exactly.
+
+    *Several processes*: parameters that are born after the model was wrapped in DistributedDataParallel are
+    unknown to it; their gradients are averaged as they arrive.
+
+    Args:
+        method: prepared on `model`.
+        model: the model itself, before anything wraps it.
+        optimizer: over `method.param_groups(model)`, or over groups of your own; not wrapped.
+        total_steps: optimizer steps of the whole run, as given to `prepare`.
+        warmup_steps: of the parameters that are there from the start, and again of each new group.
+
+    Raises:
+        UserError: the optimizer lacks trained parameters of the model, or holds others.
+    """
+
+    def __init__(
+        self, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int
+    ):
+        self.method, self.model, self.optimizer = method, model, optimizer
+        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.step = 0  # optimizer steps taken
+        self.skipped = 0  # steps that were not finite
+        self.begun = self.scaled = False  # of the step under way
+        self.finite: bool | None = None  # None until its gradients are complete
+        self.first_names = {name for name, _ in model.named_parameters()}
+        self.restored = False  # a model's state was loaded, perhaps without the optimizer's
+        self._check_optimizer()
+        self._name_groups()
+        self.hooks = [
+            model.register_state_dict_post_hook(partial(_store, self)),
+            model.register_load_state_dict_pre_hook(self._restore),
+            optimizer.register_load_state_dict_pre_hook(self._regroup),
+        ]
+
+    # one step
+
+    def begin_step(self, micro_batches: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Before the first forward of a step; called again within the step, it does nothing.
+
+        Args:
+            micro_batches: backward passes in this step, or more.
+            scaler: multiplies the loss before backward (fp16).
+
+        Raises:
+            UserError: the model's state was loaded and the optimizer's was not.
+        """
+        if self.begun:
+            return
+        if self.restored:
+            self._check_optimizer()
+            self.restored = False
+        for group in self.optimizer.param_groups:
+            factor = multiplier(self.step, group["born"], self.total_steps, self.warmup_steps)
+            group["lr"] = group["initial_lr"] * factor
+        self.scaled = scaler is not None and scaler.is_enabled()
+        loss_scale = scaler.get_scale() if scaler is not None else 1.0
+        self.method.begin_step(self.step, micro_batches, loss_scale)
+        penalty = self.method.extra_loss()
+        if isinstance(penalty, Tensor):
+            (penalty * loss_scale).backward()
+        self.begun = True
+
+    def before_step(self) -> bool:
+        """Gradients are complete and clipped: adds the new groups; returns whether the step counts."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if self.finite:
+            for group in self.method.before_step(self.step):
+                self._add({"born": self.step + 1, **group})
+        elif not self.scaled:  # a scaler leaves the step out by itself
+            self.optimizer.zero_grad(set_to_none=True)
+        return self.finite
+
+    def after_step(self) -> None:
+        """The optimizer has stepped, the gradients are still there; between micro-batches it does nothing."""
+        if self.finite is None:
+            return
+        if self.finite:
+            self.method.after_step(self.step)
+        self.step += self.finite
+        self.skipped += not self.finite
+        self.begun, self.finite = False, None
+
+    def merge(self) -> None:
+        """Fold the update into the model's own layers; its state dict is that of a plain model again."""
+        self.method.merge(self.model)
+        for hook in self.hooks:
+            hook.remove()
+
+    # the optimizer's groups
+
+    def _check_optimizer(self) -> None:
+        parameters = list(self.model.parameters())
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        missing = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in held]
+        foreign = held - {id(parameter) for parameter in parameters}
+        if missing or foreign:
+            raise UserError(
+                f"the optimizer lacks {len(missing)} trained parameters of the model and holds {len(foreign)} others. "
+                "Make it after method.prepare, over method.param_groups(model); where a model's state is loaded, "
+                "load the optimizer's too."
+            )
+
+    def _name_groups(self) -> None:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for group in self.optimizer.param_groups:
+            group.setdefault("param_names", [names[id(parameter)] for parameter in group["params"]])
+            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("born", 0)
+            if not group.get("decay", True):
+                group["weight_decay"] = 0.0
+
+    def _add(self, group: dict[str, Any]) -> None:
+        groups = self.optimizer.param_groups
+        like = next((existing for existing in groups if existing.get("decay", True)), groups[0])
+        options = {key: value for key, value in like.items() if key not in ("params", "param_names")}
+        self.optimizer.add_param_group({**options, "lr": 0.0, **group})
+        self._average(group["params"])
+
+    def _average(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        if distributed.processes() > 1:
+            for name, parameter in named:
+                if name not in self.first_names:
+                    parameter.register_post_accumulate_grad_hook(self._average_gradient)
+
+    def _average_gradient(self, parameter: Tensor) -> None:
+        if self.begun and parameter.grad is not None:  # the penalty's gradient, before that, is the same everywhere
+            # what earlier micro-batches left is a mean already and stays as it is
+            parameter.grad = distributed.mean(parameter.grad.contiguous())
+
+    # state dicts
+
+    def _restore(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Rebuild the structure before the weights are read."""
+        packed = state_dict.pop(prefix + STATE, None)
+        if packed is None:
+            return
+        state = _unpack(packed)
+        if state["matrices"] != list(self.method.ranks()):
+            raise UserError(
+                f"the checkpoint is of another model or method: it adapts {len(state['matrices'])} matrices, "
+                f"this one {len(self.method.ranks())}, and not the same. Prepare the method as for that run."
+            )
+        self.method.load_state_dict(state["method"])
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.begun, self.finite, self.restored = False, None, True
+        born = [name for name, _ in self.model.named_parameters() if name not in self.first_names]
+        # what DistributedDataParallel goes by when it wraps a model that has grown already
+        self.model._ddp_params_and_buffers_to_ignore = born  # type: ignore[assignment]
+
+    def _regroup(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Give the optimizer the saved groups, by parameter name; their options and states follow."""
+        parameters = dict(self.model.named_parameters())
+        names = [group.get("param_names", [""]) for group in state_dict["param_groups"]]
+        unknown = [name for group in names for name in group if name not in parameters]
+        if unknown:
+            raise UserError(
+                f"the optimizer's checkpoint has {len(unknown)} parameters that the model lacks. "
+                "Load the model's state before the optimizer's; both must have been saved with Growth."
+            )
+        optimizer.param_groups.clear()
+        for group in names:
+            named = [(name, parameters[name]) for name in group]
+            optimizer.add_param_group({"params": named})
+            self._average(named)
+
+
+def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put beside the weights what they alone do not say."""
+    state = {
+        "step": growth.step,
+        "skipped": growth.skipped,
+        "matrices": list(growth.method.ranks()),
+        "method": growth.method.state_dict(),
+    }
+    state_dict[prefix + STATE] = _pack(state)
+
+
+def _pack(state: dict[str, Any]) -> Tensor:
+    """Plain values and tensors as one vector of bytes, so that any format for weights can hold them."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor) -> dict[str, Any]:
+    return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)

@@ -1,0 +1,127 @@
+"""Write a finished run as a PEFT LoRA adapter or as a merged model, for use without this repository.
+
+    python scripts/export.py RUN_DIR --format peft|merged [--output DIR] [backbone.path=DIR]
+
+What was written is read back with PEFT and transformers, as its users do, and compared with the trained model (fp32).
+If the logits differ by 1e-5 or more, nothing is kept; for logits above 1, by 1e-5 of the largest, since fp32 sums of
+that size are no more exact: the trained model itself differs by as much from one batch to another.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from increlora import config, export, trained
+from increlora.errors import UserError
+from increlora.files import writing
+from increlora.streams import stream
+from increlora.tasks import zip_columns
+from increlora.trained import Trained
+
+TOLERANCE = 1e-5  # of the largest logit, or of 1
+ODD_CHARACTERS = "½ µ ﬁ Ｆｕｌｌ \u00a0 naïve 😀"  # what a tokenizer built anew may read otherwise
+
+
+@config.guarded
+def main() -> None:
+    arguments = parser().parse_intermixed_args()
+    output = arguments.output or arguments.run_dir / arguments.format
+    if output.exists():
+        raise UserError(f"{output} is there already; remove it, or choose another folder with --output DIR")
+    quiet()
+    run = trained.load(arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"])
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as temporary:
+            folder = Path(temporary) / "export"
+            folder.mkdir()
+            difference, largest = write_and_compare(run, folder, arguments.format, arguments.base)
+            os.replace(folder, output)
+    print(f"{output}: read back, its logits differ by at most {difference:.1e} (largest logit {largest:.2f})")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run")
+    made.add_argument("--format", choices=("peft", "merged"), required=True, help="what to write")
+    made.add_argument("--output", type=Path, metavar="DIR", help="default: RUN_DIR/peft or RUN_DIR/merged")
+    made.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    made.add_argument("--base", metavar="NAME", help="name of the base model to write into the adapter")
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="backbone.path=DIR, method.pattern=RUN_DIR")
+    return made
+
+
+def quiet() -> None:
+    """Keep transformers' load reports, progress bars and warnings to developers off the screen."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def write_and_compare(run: Trained, folder: Path, kind: str, base: str | None = None) -> tuple[float, float]:
+    """Write to an empty folder and read it back: the largest difference between logits, and the largest logit.
+
+    Raises:
+        UserError: the method cannot be written like this, or what was written is not the trained model.
+    """
+    texts = probes(run)
+    expected = run.logits(texts)
+    if kind == "peft":
+        export.write_adapter(run, folder, base)
+        model = adapter_model(run, folder)
+    else:
+        export.write_merged(run, folder)
+        model = merged_model(folder)
+    difference = (logits(model, folder, texts) - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    if not difference < TOLERANCE * max(1.0, largest):
+        raise UserError(
+            f"the exported model's logits differ by {difference:.1e} from the trained model's (largest {largest:.2f}); "
+            "nothing was kept.\nThe versions of peft and transformers may not be those in constraints.txt."
+        )
+    return difference, largest
+
+
+def adapter_model(run: Trained, folder: Path) -> nn.Module:
+    """The adapter on a fresh base model whose head was drawn anew."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(run.backbone.model(run.task.num_labels), folder).eval()
+
+
+def merged_model(folder: Path) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def probes(run: Trained, count: int = 16, longest: int = 48) -> list[tuple[str, ...]]:
+    """Texts of random tokens of the vocabulary, of several lengths, and one with odd characters."""
+    generator, fields = stream(0, "probes"), len(run.task.fields)
+    size = min(len(run.tokenizer), run.model.config.vocab_size)
+    lengths = torch.randint(1, longest, (count, fields), generator=generator).tolist()
+    texts = [
+        tuple(run.tokenizer.decode(torch.randint(size, (n,), generator=generator)) for n in row) for row in lengths
+    ]
+    return [*texts, (ODD_CHARACTERS,) * fields]
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, folder: Path, texts: list[tuple[str, ...]]) -> Tensor:
+    """Logits of the texts with the folder's own tokenizer, as its users call it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model(**tokenizer(*zip_columns(texts), truncation=True, padding=True, return_tensors="pt")).logits
+
+
+if __name__ == "__main__":
+    main()

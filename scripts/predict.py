@@ -1,0 +1,175 @@
+"""Labels and probabilities (in regression: values) for texts, from a finished run.
+
+    python scripts/predict.py RUN_DIR texts.tsv --output predictions.tsv
+    python scripts/predict.py RUN_DIR - < texts.jsonl > predictions.jsonl
+
+FILE is a TSV file with a header, or JSON lines, whose fields are the task's (sst2: sentence; rte: sentence1,
+sentence2). Predictions come in the same format, one per row, in the same order. Rows are read and written chunk by
+chunk, so a file may be larger than the memory.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from torch import Tensor
+
+from increlora import config, trained
+from increlora.errors import UserError
+from increlora.files import writing
+from increlora.tasks import Task, decoded
+
+FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl", "-": "jsonl"}
+
+
+@config.guarded
+def main() -> None:
+    arguments = parser().parse_intermixed_args()
+    kind = arguments.format or format_of(arguments.file)
+    with reading(arguments.file) as (lines, name):
+        run = trained.load(arguments.run_dir, arguments.checkpoint, arguments.overrides)
+        with destination(arguments.output) as out:
+            texts = READERS[kind](lines, name, run.task)
+            WRITERS[kind](run.stream(texts, arguments.batch_size), run.task.labels, out)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run")
+    made.add_argument("file", metavar="FILE", help="TSV (.tsv) or JSON lines (.jsonl); - is standard input")
+    made.add_argument("--output", type=Path, metavar="OUT", help="default: standard output")
+    made.add_argument("--format", choices=sorted(READERS), help="default: by the file's name; jsonl for -")
+    made.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
+    made.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    made.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="backbone.path=DIR, device=cpu|cuda, precision=fp32|bf16, ..."
+    )
+    return made
+
+
+def format_of(file: str) -> str:
+    suffix = file if file == "-" else Path(file).suffix
+    if suffix not in FORMATS:
+        raise UserError(f"{file}: the format is not clear from the name; say --format tsv or --format jsonl")
+    return FORMATS[suffix]
+
+
+# read
+
+
+@contextlib.contextmanager
+def reading(file: str) -> Iterator[tuple[BinaryIO, str]]:
+    """The lines of a file, and what to call it in messages."""
+    if file == "-":
+        yield sys.stdin.buffer, "standard input"
+        return
+    try:
+        stream = open(file, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    with stream:
+        yield stream, file
+
+
+def tsv_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[str, ...]]:
+    """The texts of every row below the header, whose columns may also be called as in the public GLUE files."""
+    rows = ((number, line.split("\t")) for number, line in decoded(lines, name))
+    _, header = next(rows, (1, []))
+    places = [place_of(field, task, header, name) for field in task.fields]
+    for number, row in rows:
+        where = f"{name}, line {number}"
+        if len(row) != len(header):
+            raise UserError(f"{where}: {len(row)} fields, the header has {len(header)}; tabs separate, nothing quotes")
+        yield tuple(task.text(row[place], where) for place in places)
+
+
+def place_of(field: str, task: Task, header: list[str], name: str) -> int:
+    for column in (field, task.column(field)):
+        if column in header:
+            return header.index(column)
+    raise UserError(f"{name}, line 1: no column {field}; the header has {', '.join(header) or 'nothing'}")
+
+
+def json_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[str, ...]]:
+    """The texts of every line, an object with the task's fields."""
+    for number, line in decoded(lines, name):
+        where = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}); give one object per line") from None
+        yield tuple(task.text(json_text(row, field, where), where) for field in task.fields)
+
+
+def json_text(row: object, field: str, where: str) -> str:
+    if not isinstance(row, dict) or field not in row:
+        raise UserError(f"{where}: no field '{field}'; give one object per line, with every field of the task")
+    if not isinstance(row[field], str):
+        raise UserError(f"{where}: '{field}' is not a text but {json.dumps(row[field])[:60]}")
+    return row[field]
+
+
+READERS: dict[str, Callable] = {"tsv": tsv_texts, "jsonl": json_texts}
+
+
+# write
+
+
+@contextlib.contextmanager
+def destination(output: Path | None) -> Iterator[TextIO]:
+    """Where predictions go; a file is there whole or not at all."""
+    if output is None:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        yield sys.stdout
+        return
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        with writing(output), temporary.open("w", encoding="utf-8", newline="") as out:
+            yield out
+        with writing(output):
+            os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tsv(chunks: Iterable[Tensor], labels: list[str] | None, out: TextIO) -> None:
+    """A header, then per row the label and the probability of every label; in regression the value."""
+    print("prediction", *(labels or []), sep="\t", file=out)
+    for logits in chunks:
+        for prediction, probabilities in rows_of(logits, labels):
+            print(prediction, *(f"{p:.6f}" for p in probabilities), sep="\t", file=out)
+        out.flush()
+
+
+def write_json(chunks: Iterable[Tensor], labels: list[str] | None, out: TextIO) -> None:
+    """Per row an object with `prediction` and, for classes, `probabilities` by label."""
+    for logits in chunks:
+        for prediction, probabilities in rows_of(logits, labels):
+            row = {"prediction": prediction}
+            if labels is not None:
+                row["probabilities"] = {name: round(p, 6) for name, p in zip(labels, probabilities, strict=True)}
+            print(json.dumps(row, ensure_ascii=False), file=out)
+        out.flush()
+
+
+def rows_of(logits: Tensor, labels: list[str] | None) -> Iterator[tuple[str | float, list[float]]]:
+    """Label and probabilities, or value and nothing, of every row of (examples, outputs)."""
+    if labels is None:
+        for value in logits.squeeze(-1).tolist():
+            yield round(value, 6), []
+        return
+    for best, probabilities in zip(logits.argmax(-1).tolist(), logits.softmax(-1).tolist(), strict=True):
+        yield labels[best], probabilities
+
+
+WRITERS: dict[str, Callable] = {"tsv": write_tsv, "jsonl": write_json}
+
+
+if __name__ == "__main__":
+    main()
