@@ -7,10 +7,13 @@
 Weights are random (a step costs the same), nothing is downloaded. Every round runs one step of every arm, so
 that whatever else the machine does hits all alike; a ratio is the median over rounds of (arm / LoRA) within
 a round. Peak memory is measured in a process of its own per arm. `--data DIR` with GLUE's TSV folders and
-`--tokenizer DIR` adds the padding of length-bucketed batches.
+`--tokenizer DIR` adds the padding of length-bucketed batches, and examples per second over RTE's lengths
+against the authors' recipe: every example padded to 320 tokens, the update matrix formed in every forward.
 """
 
 import argparse
+import copy
+import functools
 import json
 import os
 import platform
@@ -24,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from baselines.adalora import AdaLoRA
 from baselines.lora import LoRA
 from increlora import config
 from increlora.algorithm import IncreLoRA
 from increlora.batching import epoch_batches, padding_share
+from increlora.importance import sensitivity
+from increlora.linear import IncrementalLinear
 from increlora.method import Method
 from increlora.tasks import Split, Task, TaskData
 from increlora.tracker import Silent
@@ -46,6 +51,8 @@ LIMITS = {
     "recipe RTE r2": 1.06, "recipe MNLI r2": 1.02, "growth event / step": 1.00, "our loop / bare loop": 1.03,
     "memory increlora, not scoring": 1.02,
 }  # fmt: skip
+AUTHORS_LENGTH = 320  # their padding on RTE
+AT_LEAST = 6.0  # times their examples per second on RTE
 
 
 def methods(kinds: dict[str, str], head: str, rank: int) -> dict[str, tuple[Method, int]]:
@@ -61,8 +68,40 @@ def methods(kinds: dict[str, str], head: str, rank: int) -> dict[str, tuple[Meth
         "increlora, not scoring": (IncreLoRA(**grown, target_rank=rank + 4), IDLE),
         "increlora, scoring": (IncreLoRA(**grown, target_rank=rank + 4), SCORING),
         "increlora, after growth": (IncreLoRA(**grown, target_rank=rank), IDLE),
+        "authors, growing": (DeltaFormed(**grown | {"scoring_window": "all"}, target_rank=rank + 4), SCORING),
+        "authors, after growth": (DeltaFormed(**grown, target_rank=rank), IDLE),
         "full": (Method(**given), IDLE),
     }
+
+
+class DeltaFormedLinear(IncrementalLinear):
+    """The same layer with the authors' arithmetic: delta (out, in) is formed, and so is its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = self.delta()
+        if self.watcher is not None and delta.requires_grad:
+            self.watcher.awaited += 1
+            delta.register_hook(self.receive)
+        return self.base(x) + self.dropout(x) @ delta.t()
+
+    def receive(self, gradient: Tensor) -> None:
+        """What their backward hook does with the gradient of delta."""
+        self.watcher.sensitivity = sensitivity(self.delta().detach(), gradient)
+
+
+@dataclass
+class DeltaFormed(IncreLoRA):
+    """IncreLoRA as the authors compute it: delta formed in every forward, scored in every step, small products."""
+
+    def prepare(self, model: nn.Module, total_steps: int) -> None:
+        super().prepare(model, total_steps)
+        for linear in self.linears.values():
+            linear.__class__ = DeltaFormedLinear
+
+    def orthogonal_penalty(self) -> Tensor:
+        rows = [torch.cat([c.A for c in linear.components]) for linear in self.linears.values()]
+        rows += [torch.cat([c.B for c in linear.components], dim=1).t() for linear in self.linears.values()]
+        return torch.stack([torch.norm(R @ R.t() - torch.eye(len(R), device=R.device)) for R in rows]).mean()
 
 
 @dataclass
@@ -72,10 +111,10 @@ class Arm:
     run: Training
     step: int
 
-    def take(self) -> float:
-        """Seconds of one step through the loop."""
+    def take(self, indices: list[int] | None = None) -> float:
+        """Seconds of one step through the loop, on the whole data or on some examples."""
         self.run.progress.step = self.step
-        return timed(lambda: self.run._step(self.indices, False), self.run.device)
+        return timed(lambda: self.run._step(indices or self.indices, False), self.run.device)
 
     @property
     def indices(self) -> list[int]:
@@ -96,13 +135,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_arm(name: str, options: argparse.Namespace) -> Arm:
-    """A model with random weights, the method, data of the wanted shape."""
+def make_arm(name: str, options: argparse.Namespace, lengths: list[int] | None = None) -> Arm:
+    """A model with random weights, the method, data of the wanted shape or of the given lengths."""
     backbone = config.build(config.load([f"backbone={options.backbone}", "backbone.weights=random"]).backbone)
     method, step = methods(backbone.kinds, backbone.head, options.rank)[name]
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(5, 1000, (options.batch, options.length), generator=generator).tolist()
-    split = Split("train", rows, None, [i % 2 for i in range(options.batch)])
+    lengths = lengths or [options.length] * options.batch
+    rows = [torch.randint(5, 1000, (length,), generator=generator).tolist() for length in lengths]
+    split = Split("train", rows, None, [i % 2 for i in range(len(rows))])
     data = TaskData(split, {"dev": split}, "random", {}, "", {})
     settings = Settings(
         batch_size=options.batch, eval_batch_size=options.batch, max_steps=100_000, epochs=1_000_000, warmup_steps=100,
@@ -156,19 +196,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of one step per arm, after two rounds of warm-up."""
     names = [n for n in methods({}, "", 1) if n in options.methods or n.partition(",")[0] in options.methods]
     arms = {name: make_arm(name, options) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in [*names, "bare lora", "evaluation"]}
+    evaluated = {"evaluation lora": arms["lora"].run.model}
+    if grown := arms.get("increlora, after growth"):
+        evaluated |= {"evaluation increlora": grown.run.model, "evaluation increlora, merged": merged(grown)}
+    seconds: dict[str, list[float]] = {name: [] for name in [*names, "bare lora", *evaluated]}
     for number in range(options.repeats + 2):
         order = names if number % 2 else names[::-1]
         taken = {name: arms[name].take() for name in order}
         taken["bare lora"] = bare_loop(arms["lora"])
         run = arms["lora"].run
-        taken["evaluation"] = timed(lambda run=run: predict(run.model, run.data.train, TASK, run.settings), run.device)
+        for name, model in evaluated.items():
+            call = functools.partial(predict, model, run.data.train, TASK, run.settings)
+            taken[name] = timed(call, run.device)
         if number >= 2:
             for name, value in taken.items():
                 seconds[name].append(value)
     growing = arms.get("increlora, scoring")
     growth = [grow(growing) for _ in range(3)] if growing else []
     return {"seconds": seconds, "growth": growth}
+
+
+def merged(arm: Arm) -> nn.Module:
+    """A copy of an arm's model with the update folded into its weights."""
+    model, method = copy.deepcopy((arm.run.model, arm.run.method))
+    method.merge(model)
+    return model
 
 
 def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
@@ -179,9 +231,8 @@ def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
 def ratios(measured: dict[str, Any]) -> dict[str, float]:
     """Every ratio that has a bar, and those of the other arms."""
     seconds = measured["seconds"]
-    found = {name: ratio(seconds, name, "lora") for name in seconds if name not in ("lora", "bare lora", "evaluation")}
+    found = {name: ratio(seconds, name, "lora") for name in seconds if name not in ("lora", "bare lora")}
     found["our loop / bare loop"] = ratio(seconds, "lora", "bare lora")
-    found["evaluation / step (forward only)"] = ratio(seconds, "evaluation", "lora")
     if "increlora, scoring" in found:
         scoring, idle, after = (found[f"increlora, {p}"] for p in ("scoring", "not scoring", "after growth"))
         for name, (total, first, growths, interval) in RECIPES.items():
@@ -211,17 +262,51 @@ def peak_of_two_steps(name: str, options: argparse.Namespace) -> float:
     return peak_memory_mb(arm.run.device)
 
 
+def lengths_of(task: str, folder: Path, tokenizer: Path) -> list[int]:
+    """Tokens of every training example of a task, with DeBERTaV3's tokens."""
+    backbone = config.build(config.load(["backbone=deberta_v3_base", f"backbone.path={tokenizer}"]).backbone)
+    built = config.build(config.load([f"task={task}", f"task.data_dir={folder}"]).task)
+    return built.load(backbone.tokenizer()).train.lengths
+
+
 def padding(data: Path, tokenizer: Path, batch: int) -> dict[str, float]:
     """Padded tokens beyond real ones in bucketed batches, mean of three epochs, by task."""
     shares = {}
-    backbone = config.build(config.load(["backbone=deberta_v3_base", f"backbone.path={tokenizer}"]).backbone)
     for task, folder in {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2"}.items():
         if (data / folder).is_dir():
-            built = config.build(config.load([f"task={task}", f"task.data_dir={data / folder}"]).task)
-            lengths = built.load(backbone.tokenizer()).train.lengths
+            lengths = lengths_of(task, data / folder, tokenizer)
             epochs = [padding_share(lengths, epoch_batches(lengths, batch, 41, epoch)) for epoch in range(3)]
             shares[task] = statistics.mean(epochs)
     return shares
+
+
+def examples_per_second(options: argparse.Namespace) -> dict[str, float]:
+    """Examples a second over a whole RTE recipe: ours on its lengths, the authors' arithmetic on 320 tokens each.
+
+    Ours is measured on every tenth batch of an epoch, in order of length; a recipe's share of scoring steps
+    and of steps before and after the end of growth weighs both.
+    """
+    lengths = lengths_of("rte", options.data / "RTE", options.tokenizer)
+    batches = sorted(epoch_batches(lengths, options.batch, 41, 0), key=lambda batch: max(lengths[i] for i in batch))
+    sample = batches[5::10]
+    ours = {"scoring": 0.0, "not scoring": 0.0, "after growth": 0.0}
+    for phase in ours:
+        arm = make_arm(f"increlora, {phase}", options, lengths)
+        arm.take(sample[-1])
+        ours[phase] = statistics.mean(arm.take(batch) for batch in sample)
+    theirs = {}
+    for phase in ("growing", "after growth"):
+        arm = make_arm(f"authors, {phase}", options, [AUTHORS_LENGTH] * options.batch)
+        arm.take()
+        theirs[phase] = statistics.median(arm.take() for _ in range(3))
+    total, first, growths, interval = RECIPES["RTE r2"]
+    last = first + (growths - 1) * interval
+    scored = min(GROWTH["scoring_window"], interval) * growths
+    our_mean = (
+        scored * ours["scoring"] + (last - scored) * ours["not scoring"] + (total - last) * ours["after growth"]
+    ) / total
+    their_mean = (last * theirs["growing"] + (total - last) * theirs["after growth"]) / total
+    return {"ours": options.batch / our_mean, "authors": options.batch / their_mean, "ratio": their_mean / our_mean}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -231,6 +316,12 @@ def table(result: dict[str, Any]) -> str:
         bar = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
         rows.append(f"| {name} | {value:.3f}{' **missed**' if bar and value > LIMITS[name] else ''} | {bar} |")
     rows += [f"| padding {task} | {share:.1%} | 6 % |" for task, share in result.get("padding", {}).items()]
+    if speed := result.get("rte"):
+        missed = " **missed**" if speed["ratio"] < AT_LEAST else ""
+        rows.append(
+            f"| RTE r2 recipe, examples a second: {speed['ours']:.2f} against the authors' {speed['authors']:.2f} "
+            f"| {speed['ratio']:.2f}{missed} | at least {AT_LEAST:g} |"
+        )
     tokens = result["options"]["batch"] * result["options"]["length"]
     rows += ["", "| arm | seconds a step | tokens a second | peak memory |", "|---|---|---|---|"]
     for name, values in result["seconds"].items():
@@ -243,7 +334,7 @@ def table(result: dict[str, Any]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="deberta_v3_base")
-    parser.add_argument("--methods", nargs="+", default=["lora", "adalora", "increlora", "full"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "adalora", "increlora", "full", "authors"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
@@ -281,6 +372,7 @@ def main() -> None:
             result["ratios"]["memory increlora, not scoring"] = peaks["increlora, not scoring"] / peaks["lora"]
     if options.data and options.tokenizer:
         result["padding"] = padding(options.data, options.tokenizer, 32)
+        result["rte"] = examples_per_second(options)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.backbone}, batch {options.batch} x {options.length}, rank {options.rank}, {options.precision}, "
