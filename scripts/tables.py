@@ -2,26 +2,254 @@
 
 python scripts/tables.py            # or: make tables
 python scripts/tables.py --check    # exit 1 if a table is stale
+
+Scores are in per cent. last is the last step; best is the best on dev over training, the paper's protocol and
+optimistic; clean is scored once on dev at the checkpoint chosen on held-out training data.
 """
 
 import argparse
+import csv
 import re
 import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from increlora import results
+import numpy as np
+
+from increlora import figures, results, statistics
+from increlora.errors import UserError
+from increlora.figures import LOOKS, PROTOCOLS, TASKS, Run, Runs
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 TABLES = ROOT / "results" / "tables"
+PUBLISHED = ROOT / "results" / "paper" / "published.csv"
+GLUE = ("mnli_m", "mnli_mm", "sst2", "cola", "qqp_acc", "qqp_f1", "qnli", "rte", "mrpc", "stsb")
+# published name and parameters -> our method and budget
+SAME_AS = {
+    ("Full FT", "184M"): ("full", None), ("BitFit", "0.1M"): ("bitfit", None),
+    ("HAdapter", "0.31M"): ("houlsby", "r2"), ("HAdapter", "0.61M"): ("houlsby", "r4"),
+    ("HAdapter", "1.22M"): ("houlsby", "r8"), ("PAdapter", "0.30M"): ("pfeiffer", "r2"),
+    ("PAdapter", "0.60M"): ("pfeiffer", "r4"), ("PAdapter", "1.18M"): ("pfeiffer", "r8"),
+    ("LoRA r=2", "0.33M"): ("lora", "r2"), ("LoRA r=8", "1.33M"): ("lora", "r8"),
+    ("AdaLoRA", "0.32M"): ("adalora", "r2"), ("AdaLoRA", "1.27M"): ("adalora", "r8"),
+    ("IncreLoRA r=2", "0.3M"): ("increlora", "r2"),
+}  # fmt: skip
+ABLATION = ("raw_growth", "only_orthogonality", "only_advance_learning", "only_restart_warmup", "no_orthogonality",
+            "no_advance_learning", "no_restart_warmup")  # fmt: skip
 
 
-def runs_of(experiment: str) -> list[dict[str, Any]]:
+@dataclass
+class Table:
+    """A table with a caption that says what its numbers are."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join([f"{self.caption}\n", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+
+    def latex(self) -> str:
+        """A table for \\usepackage{booktabs}."""
+        head, *rows = (f"{' & '.join(map(_escaped, line))} \\\\" for line in (self.columns, *self.rows))
+        begin = ["\\begin{table}", f"\\caption{{{_escaped(self.caption)}}}"]
+        begin += [f"\\begin{{tabular}}{{{'l' * len(self.columns)}}}", "\\toprule", head, "\\midrule"]
+        return "\n".join([*begin, *rows, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+def _escaped(text: str) -> str:
+    text = text.replace("**", "").replace("`", "").replace("±", "$\\pm$").replace("−", "$-$")
+    return re.sub(r"(?<!\\)([%_&#])", r"\\\1", text)
+
+
+# numbers as text
+
+
+def spread(scores: Iterable[float]) -> str:
+    """Mean, SD and number: `84.20 ± 0.31 (6)`."""
+    values = list(scores)
+    if not values:
+        return ""
+    sd = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{sd} ({len(values)})"
+
+
+def interval(scores: Iterable[float]) -> str:
+    """The 95 % interval of a mean, nothing for a single score."""
+    values = list(scores)
+    return figures.interval_text(values) if len(values) > 1 else ""
+
+
+# the study
+
+
+def study(experiment: str, tasks: Mapping[str, Runs]) -> dict[str, Table]:
+    """The tables of an experiment over tasks, methods and seeds.
+
+    Args:
+        tasks: task -> method -> seed -> run, without the runs that chose learning rates.
+    """
+    rows = [
+        [TASKS[task], LOOKS[method].label, *(spread(figures.scores(runs, p).values()) for p in PROTOCOLS),
+         interval(figures.scores(runs, "last").values()), _diverged(runs), _one([_rate(run) for run in runs.values()])]
+        for task, methods in tasks.items()
+        for method, runs in methods.items()
+    ]  # fmt: skip
+    columns = ["task", "method", *PROTOCOLS, "95 % interval of last", "diverged", "learning rate"]
+    caption = f"{experiment}: mean ± SD over seeds (number of seeds), per cent."
+    return {experiment: Table(caption, columns, rows), f"{experiment}_differences": differences(experiment, tasks)}
+
+
+def differences(experiment: str, tasks: Mapping[str, Runs]) -> Table:
+    """IncreLoRA minus every other method over the seeds that both have."""
+    rows = []
+    for task, methods in tasks.items():
+        for other in methods:
+            if other != "increlora" and set(methods[other]) & set(methods.get("increlora", ())):
+                rows.append([TASKS[task], LOOKS[other].label, *_difference(methods, other)])
+    columns = ["task", "IncreLoRA minus", "last, difference [95 %]", "p (sign flip)", "seeds", "seeds it would need",
+               "best", "clean"]  # fmt: skip
+    caption = (
+        f"{experiment}: paired differences in points, positive where IncreLoRA is better; p is not adjusted: "
+        "the protocol fixes the order of tests. The seeds it would need show a true difference of this size and spread "
+        "with 80 % power."
+    )
+    return Table(caption, columns, rows)
+
+
+def _difference(methods: Runs, other: str) -> list[str]:
+    compared = {}
+    for protocol in PROTOCOLS:
+        scores = {name: figures.scores(methods[name], protocol) for name in ("increlora", other)}
+        if seeds := statistics.common_seeds(scores):
+            compared[protocol] = statistics.compare(scores, "increlora", other, seeds)
+    last = compared["last"]
+    span = f" [{last.interval.low:+.2f}, {last.interval.high:+.2f}]" if last.interval else ""
+    needed = str(last.seeds_needed(abs(last.mean))) if last.sd and last.mean else ""
+    means = [f"{compared[p].mean:+.2f}" if p in compared else "" for p in ("best", "clean")]
+    return [f"{last.mean:+.2f}{span}", f"{last.p:.3f}", str(len(last.seeds)), needed, *means]
+
+
+def learning_rates(experiment: str, trials: Iterable[Run]) -> Table:
+    """Score of the last step on the held-out tenth by learning rate; the chosen one in bold."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for run in trials:
+        found.setdefault((run["run"]["task"], run["run"]["method"]), {})[_rate(run)] = 100 * results.last_score(
+            run, "holdout"
+        )
+    rows = []
+    for (task, method), by_rate in sorted(found.items(), key=lambda item: _order(*item[0])):
+        best = max(by_rate, key=by_rate.get)
+        cells = [f"{rate:g}: {f'**{s:.2f}**' if rate == best else f'{s:.2f}'}" for rate, s in sorted(by_rate.items())]
+        rows.append([TASKS[task], LOOKS[method].label, *cells, *[""] * (3 - len(cells))])
+    caption = (
+        f"{experiment}: learning rate: score of the last step on the held-out tenth of train, seed "
+        f"{figures.TUNING_SEED} (per cent); the best is used for all other seeds."
+    )
+    return Table(caption, ["task", "method", "trial", "trial", "trial"], rows)
+
+
+def _order(task: str, method: str) -> tuple[int, int]:
+    return list(TASKS).index(task), list(LOOKS).index(method)
+
+
+def _rate(run: Run) -> float:
+    return run["config"]["train"]["learning_rate"]
+
+
+def _one(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))
+
+
+def _diverged(runs: Mapping[int, Run]) -> str:
+    return str(sum(run["status"] == "diverged" for run in runs.values()))
+
+
+# GLUE with DeBERTaV3-base
+
+
+def glue(runs: Sequence[Run], published: Sequence[Mapping[str, str]]) -> Table:
+    """Published rows of Table 1 with our rows below each, and the gap of the same protocol (best on dev)."""
+    rows = []
+    for (name, parameters), (method, budget) in SAME_AS.items():
+        paper = {r["task"]: float(r["value"]) for r in published
+                 if (r["method"], r["params"], r["table"]) == (name, parameters, "Table 1") and r["value"]}  # fmt: skip
+        rows.append(
+            [f"{name} {parameters}", "published", *_glue_cells({t: f"{v:.2f}" for t, v in paper.items()}, paper)]
+        )
+        ours = [r for r in runs if r["run"]["method"] == method and budget in (None, r["run"]["budget"])]
+        for protocol in PROTOCOLS:
+            scores = _glue_scores(ours, protocol)
+            if scores:
+                means = {task: float(np.mean(values)) for task, values in scores.items()}
+                rows.append(["", protocol, *_glue_cells({t: spread(v) for t, v in scores.items()}, means)])
+                if protocol == "best":
+                    gaps = {task: f"{means[task] - paper[task]:+.2f}" for task in means if task in paper}
+                    rows.append(["", "best − published", *_glue_cells(gaps, {})])
+    caption = (
+        "GLUE dev, DeBERTaV3-base: published rows, ours where there are runs: mean ± SD (seeds). Averages over eight "
+        "tasks: `both` takes the means of MNLI m and mm and of QQP accuracy and F1, `plain` MNLI-m and QQP accuracy."
+    )
+    return Table(caption, ["method", "number", *GLUE, "average, both", "average, plain"], rows)
+
+
+def _glue_cells(cells: Mapping[str, str], values: Mapping[str, float]) -> list[str]:
+    averages = []
+    for convention in ("both", "plain"):
+        try:
+            averages.append(f"{statistics.glue_average(values, convention):.2f}")
+        except UserError:  # a task is missing
+            averages.append("")
+    return [*(cells.get(task, "") for task in GLUE), *averages]
+
+
+def _glue_scores(runs: Sequence[Run], protocol: str) -> dict[str, list[float]]:
+    """Column of the GLUE table -> our scores over seeds, each metric at the checkpoint that the protocol chose."""
+    scores: dict[str, list[float]] = {}
+    for run in runs:
+        if protocol in run["scores"]:
+            for column, value in _columns(run["run"]["task"], run["scores"][protocol]["metrics"]).items():
+                scores.setdefault(column, []).append(100 * value)
+    return scores
+
+
+def _columns(task: str, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    if task == "mnli":
+        return {"mnli_m": metrics["dev_matched"]["accuracy"], "mnli_mm": metrics["dev_mismatched"]["accuracy"]}
+    if task == "qqp":
+        return {"qqp_acc": metrics["dev"]["accuracy"], "qqp_f1": metrics["dev"]["f1"]}
+    if task == "mrpc":
+        return {"mrpc": metrics["dev"]["accuracy"]}
+    return {task: metrics["dev"]["score"]} if task in GLUE else {}
+
+
+def ablation(runs: Sequence[Run]) -> Table:
+    """IncreLoRA as it is and without parts of it, by backbone and task."""
+    rows = []
+    cells = sorted({(r["run"]["backbone"], r["run"]["task"]) for r in runs if figures.experiment(r) in ABLATION})
+    for backbone, task in cells:
+        for name in (None, *ABLATION):
+            seeds = {
+                r["run"]["seed"]: r
+                for r in runs
+                if (r["run"]["backbone"], r["run"]["task"], figures.experiment(r)) == (backbone, task, name)
+                and r["run"]["method"] == "increlora"
+            }
+            scores = [spread(figures.scores(seeds, protocol).values()) for protocol in PROTOCOLS]
+            rows.append([backbone, TASKS[task], name or "IncreLoRA", *scores])
+    caption = "Ablation (paper, Table 2): mean ± SD over seeds (number of seeds), per cent."
+    return Table(caption, ["backbone", "task", "variant", *PROTOCOLS], rows)
+
+
+# the first runs
+
+
+def runs_of(experiment: str) -> list[Run]:
     """The committed runs of an experiment, by task and method."""
     runs = results.load_runs(ROOT / "results" / "runs")
-    runs = [result for result in runs if f"experiment={experiment}" in result["run"]["overrides"]]
+    runs = [result for result in runs if figures.experiment(result) == experiment]
     return sorted(runs, key=lambda result: (result["run"]["task"], result["run"]["method"]))
 
 
@@ -37,9 +265,34 @@ def four_tasks() -> str:
     return "\n".join(rows)
 
 
+# files
+
+
 def insert(text: str, name: str, content: str) -> str:
     """The text with the part between the markers `name` replaced."""
     return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
+
+
+def built() -> dict[str, Table]:
+    """Name -> table, of what there are runs for; the published rows are always there."""
+    runs = results.load_runs(ROOT / "results" / "runs")
+    with PUBLISHED.open(encoding="utf-8", newline="") as file:
+        published = list(csv.DictReader(file))
+    found = {"glue_deberta_v3_base": glue([r for r in runs if _is_table1(r)], published)}
+    ablated = ablation([r for r in runs if r["run"]["method"] == "increlora"])
+    if ablated.rows:
+        found["ablation"] = ablated
+    of_study = runs_of("minilm_study")
+    if of_study:
+        trials = [r for r in of_study if r["run"]["seed"] == figures.TUNING_SEED]
+        tasks = {t: figures.by_method(r for r in of_study if r["run"]["task"] == t and r not in trials) for t in TASKS}
+        found |= study("minilm_study", {task: methods for task, methods in tasks.items() if methods})
+        found["minilm_study_learning_rates"] = learning_rates("minilm_study", trials)
+    return found
+
+
+def _is_table1(run: Run) -> bool:
+    return run["run"]["backbone"] == "deberta_v3_base" and figures.experiment(run) is None
 
 
 def tables() -> dict[Path, str]:
@@ -47,25 +300,30 @@ def tables() -> dict[Path, str]:
     readme, overview = (
         path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "results" / "README.md")
     )
-    cost = (TABLES / "benchmark_deberta_v3_base_cpu.md").read_text(encoding="utf-8").rstrip()
-    every_method, tasks = results.runs_table(runs_of("minilm_comparison")), four_tasks()
-    return {
-        TABLES / "every_method_once.md": every_method + "\n",
-        TABLES / "four_tasks.md": tasks + "\n",
-        ROOT / "README.md": insert(insert(readme, "every_method_once", every_method), "cost", cost),
-        ROOT / "results" / "README.md": insert(overview, "four_tasks", tasks),
+    content = {
+        "every_method_once": results.runs_table(runs_of("minilm_comparison")) + "\n",
+        "four_tasks": four_tasks() + "\n",
+        "cost": (TABLES / "benchmark_deberta_v3_base_cpu.md").read_text(encoding="utf-8"),
     }
+    files = {TABLES / f"{name}.md": text for name, text in content.items() if name != "cost"}
+    for name, table in built().items():
+        content[name] = table.markdown()
+        files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
+    for name, text in content.items():
+        readme, overview = insert(readme, name, text.rstrip()), insert(overview, name, text.rstrip())
+    return files | {ROOT / "README.md": readme, ROOT / "results" / "README.md": overview}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
     check = parser.parse_args().check
-    stale = [path for path, text in tables().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    wanted = tables()
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(tables()[path], encoding="utf-8")
+            path.write_text(wanted[path], encoding="utf-8")
         print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
     return int(check and bool(stale))
 
