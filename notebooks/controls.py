@@ -109,7 +109,7 @@ display(pd.DataFrame(table).set_index(["against", "task", "score"]))
 # ## The study's tests, in their fixed order
 #
 # On the score of the last step, each at 5 %, two-sided (paired sign flips), and only if all before it were
-# significant: together they stay at 5 %. above adjust over tasks instead (Holm) and describe.
+# significant: together they stay at 5 %.
 
 # %%
 ORDER = (("stsb", "random_growth"), ("stsb", "uniform"), ("cola", "random_growth"), ("cola", "uniform"))

@@ -110,22 +110,30 @@ def essence(folder) -> dict:
     return {k: result[k] for k in ("status", "config", "scores", "ranks", "curve", "allocations", "parameters", "data")}
 
 
+LONGER = ("train.epochs=8", "train.checkpoint_interval=1000")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run(*SMALL, "tracker=jsonl", "run_dir=whole", *LONGER, cwd=folder).returncode == 0
+    return folder / "whole"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_was_told_to_stop_continues_and_ends_the_same(tmp_path, number):
-    longer = ("train.epochs=8", "train.checkpoint_interval=1000")
-    stopped = interrupted(tmp_path, "cut", number, *longer)
+def test_a_run_that_was_told_to_stop_continues_and_ends_the_same(tmp_path, number, whole):
+    stopped = interrupted(tmp_path, "cut", number, *LONGER)
     assert stopped.returncode == 128 + number and "the same command continues from there" in stopped.stderr
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1] == {"status": "interrupted"} and not (tmp_path / "cut" / "result.json").exists()
     step = lines[-2]["step"]
-    again = run(*SMALL, "tracker=jsonl", "run_dir=cut", *longer, cwd=tmp_path)
+    again = run(*SMALL, "tracker=jsonl", "run_dir=cut", *LONGER, cwd=tmp_path)
     assert again.returncode == 0 and re.search(rf"continuing from step {step}\b", again.stdout), again.stdout
     assert not list((tmp_path / "cut").glob("*checkpoint*"))
-    whole = run(*SMALL, "tracker=jsonl", "run_dir=whole", *longer, cwd=tmp_path)
-    assert whole.returncode == 0
-    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    assert essence(tmp_path / "cut") == essence(whole)
     for name in ("last.safetensors", "best.safetensors"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_data_that_changed_between_start_and_resume_is_refused(tmp_path):
