@@ -34,6 +34,7 @@ def main() -> None:
     kind = arguments.format or format_of(arguments.file)
     with reading(arguments.file) as (lines, name):
         run = trained.load(arguments.run_dir, arguments.checkpoint, arguments.overrides)
+        run.merge()
         with destination(arguments.output) as out:
             texts = READERS[kind](lines, name, run.task)
             WRITERS[kind](run.stream(texts, arguments.batch_size), run.task.labels, out)

@@ -85,6 +85,7 @@ def main() -> None:
     files = {}
     for task, directory in runs.items():
         run = trained.load(directory, arguments.checkpoint, overrides)
+        run.merge()
         files |= {name: predictions(run, PARTS[name], rows, arguments.batch_size) for name, rows in texts[task].items()}
     constant = [name for name in PARTS if name not in files]
     files |= {name: [PARTS[name].constant] * PARTS[name].rows for name in constant}

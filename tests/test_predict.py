@@ -11,6 +11,7 @@ from conftest import ROOT
 from finished_runs import SYNTHETIC, call, finished, module
 
 from increlora import token_cache, trained
+from increlora.linear import IncrementalLinear
 
 script = module(ROOT / "scripts" / "predict.py")
 LABELS = ["entailment", "not_entailment"]
@@ -101,6 +102,15 @@ def test_rows_are_read_and_written_chunk_by_chunk(run_dir):
 
     script.write_json(watched(), run.task.labels, out)
     assert seen == [(16, 0), (32, 16), (48, 32), (64, 48), (70, 64)] and out.getvalue().count("\n") == 70
+
+
+@pytest.mark.parametrize(("precision", "merged"), [("fp32", True), ("bf16", False)])
+def test_weights_are_merged_where_that_loses_no_digits(run_dir, precision, merged):
+    run = trained.load(run_dir, overrides=[f"precision={precision}"])
+    before = run.logits(PAIRS)
+    run.merge()
+    assert any(isinstance(module, IncrementalLinear) for module in run.model.modules()) != merged
+    assert (run.logits(PAIRS) - before).abs().max() < (1e-5 if merged else 1e-9)
 
 
 def test_no_text_is_kept_on_disk(run_dir, monkeypatch):
