@@ -123,15 +123,16 @@ class IncrementalLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> h (..., out); delta itself is never formed."""
-        h = self.base(x.flatten(0, -2))
+        rows = x.reshape(-1, x.shape[-1])
+        h = self.base(rows)
         A, B = self.factors()
-        x = self.dropout(x)
+        rows = self.dropout(rows)
         # thin products take up to ten times as long in other orders, and backward keeps the order of forward
-        update = A @ x.flatten(0, -2).t()
-        h = h.addmm_(update.t().to(h.dtype), B.t().to(h.dtype)).view(*x.shape[:-1], -1)
+        update = A @ rows.t()
+        h = h.addmm_(update.t().to(h.dtype), B.t().to(h.dtype))
         if self.watcher is not None and h.requires_grad:
-            self.watcher.watch(x, h)
-        return h
+            self.watcher.watch(rows, h)
+        return h.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -19,9 +19,10 @@ def linear(components: int = 2, alpha: float = 8.0, **kwargs) -> IncrementalLine
     return layer
 
 
-def test_output_is_the_dense_formula():
+@pytest.mark.parametrize("shape", [(2, 5, 6), (5, 6), (6,), (0, 6), (2, 0, 6)])
+def test_output_is_the_dense_formula(shape):
     layer = linear(components=3)
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    x = torch.randn(*shape, dtype=torch.float64)
     A = torch.cat([c.A for c in layer.components])
     B = torch.cat([c.B for c in layer.components], dim=1)
     lambda_ = torch.cat([c.lambda_ for c in layer.components])
