@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from baselines.adalora import AdaLoRA
 from baselines.lora import LoRA
-from increlora import config
+from increlora import config, results
 from increlora.algorithm import IncreLoRA
 from increlora.batching import epoch_batches, padding_share
 from increlora.importance import sensitivity
@@ -46,13 +46,7 @@ IDLE, SCORING, DUE = 10, 1990, 2000  # steps: no score is taken, one is, matrice
 TASK = Task(name="benchmark", fields=["x"], labels=["a", "b"], metrics=["accuracy"], primary="accuracy", max_length=512)
 # steps, growths, window, from the published r2 recipes: (total, first growth, growths, interval)
 RECIPES = {"RTE r2": (3900, 200, 15, 100), "MNLI r2": (110448, 2000, 36, 1000)}
-LIMITS = {
-    "increlora, not scoring": 1.00, "increlora, after growth": 1.00, "increlora, scoring": 1.30,
-    "recipe RTE r2": 1.06, "recipe MNLI r2": 1.02, "growth event / step": 1.00, "our loop / bare loop": 1.03,
-    "memory increlora, not scoring": 1.02,
-}  # fmt: skip
 AUTHORS_LENGTH = 320  # their padding on RTE
-AT_LEAST = 6.0  # times their examples per second on RTE
 
 
 def methods(kinds: dict[str, str], head: str, rank: int) -> dict[str, tuple[Method, int]]:
@@ -309,26 +303,12 @@ def examples_per_second(options: argparse.Namespace) -> dict[str, float]:
     return {"ours": options.batch / our_mean, "authors": options.batch / their_mean, "ratio": their_mean / our_mean}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Ratios with their bars, seconds and memory as Markdown."""
-    rows = ["| what (medians of paired ratios to LoRA) | measured | at most |", "|---|---|---|"]
-    for name, value in result["ratios"].items():
-        bar = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
-        rows.append(f"| {name} | {value:.3f}{' **missed**' if bar and value > LIMITS[name] else ''} | {bar} |")
-    rows += [f"| padding {task} | {share:.1%} | 6 % |" for task, share in result.get("padding", {}).items()]
-    if speed := result.get("rte"):
-        missed = " **missed**" if speed["ratio"] < AT_LEAST else ""
-        rows.append(
-            f"| RTE r2 recipe, examples a second: {speed['ours']:.2f} against the authors' {speed['authors']:.2f} "
-            f"| {speed['ratio']:.2f}{missed} | at least {AT_LEAST:g} |"
-        )
-    tokens = result["options"]["batch"] * result["options"]["length"]
-    rows += ["", "| arm | seconds a step | tokens a second | peak memory |", "|---|---|---|---|"]
-    for name, values in result["seconds"].items():
-        median = statistics.median(values)
-        peak = f"{result['memory'][name]:.0f} MB" if name in result.get("memory", {}) else ""
-        rows.append(f"| {name} | {median:.3f} | {tokens / median:.0f} | {peak} |")
-    return "\n".join(rows)
+def processor() -> str:
+    """The processor's name as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def parse() -> argparse.Namespace:
@@ -358,7 +338,7 @@ def main() -> None:
     options.methods = list(dict.fromkeys(["lora", *options.methods]))
     measured = measure(options)
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        "machine": f"{processor()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         + (f", {torch.cuda.get_device_name()}" if options.device.startswith("cuda") else ""),
         "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "memory_of"},
@@ -376,7 +356,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.backbone}, batch {options.batch} x {options.length}, rank {options.rank}, {options.precision}, "
-          f"{options.repeats} rounds; {result['machine']}\n\n{table(result)}")  # fmt: skip
+          f"{options.repeats} rounds; {result['machine']}\n\n{results.benchmark_table(result)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ optimistic; clean is scored once on dev at the checkpoint chosen on held-out tra
 
 import argparse
 import csv
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -303,9 +304,11 @@ def tables() -> dict[Path, str]:
     content = {
         "every_method_once": results.runs_table(runs_of("minilm_comparison")) + "\n",
         "four_tasks": four_tasks() + "\n",
-        "cost": (TABLES / "benchmark_deberta_v3_base_cpu.md").read_text(encoding="utf-8"),
     }
-    files = {TABLES / f"{name}.md": text for name, text in content.items() if name != "cost"}
+    for path in sorted((ROOT / "results" / "benchmark").glob("*.json")):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        content[f"benchmark_{path.stem}"] = results.benchmark_table(measured) + "\n"
+    files = {TABLES / f"{name}.md": text for name, text in content.items()}
     for name, table in built().items():
         content[name] = table.markdown()
         files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
