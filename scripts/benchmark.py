@@ -6,9 +6,10 @@
 
 Weights are random (a step costs the same), nothing is downloaded. Every round runs one step of every arm, so
 that whatever else the machine does hits all alike; a ratio is the median over rounds of (arm / LoRA) within
-a round. Peak memory is measured in a process of its own per arm. `--data DIR` with GLUE's TSV folders and
-`--tokenizer DIR` adds the padding of length-bucketed batches, and examples per second over RTE's lengths
-against the authors' recipe: every example padded to 320 tokens, the update matrix formed in every forward.
+a round. Peak memory is measured in a process of its own per arm. `--compile` also runs two arms under
+torch.compile, and writes down what the first step and the step after a growth take. `--data DIR` with GLUE's
+TSV folders and `--tokenizer DIR` adds the padding of length-bucketed batches, and examples per second over RTE's
+lengths against the authors' recipe: every example padded to 320 tokens, the update formed in every forward.
 """
 
 import argparse
@@ -46,6 +47,7 @@ IDLE, SCORING, DUE = 10, 1990, 2000  # steps: no score is taken, one is, matrice
 TASK = Task(name="benchmark", fields=["x"], labels=["a", "b"], metrics=["accuracy"], primary="accuracy", max_length=512)
 # steps, growths, window, from the published r2 recipes: (total, first growth, growths, interval)
 RECIPES = {"RTE r2": (3900, 200, 15, 100), "MNLI r2": (110448, 2000, 36, 1000)}
+COMPILED = ", compiled"
 AUTHORS_LENGTH = 320  # their padding on RTE
 
 
@@ -132,7 +134,8 @@ def _wait(device: torch.device) -> None:
 def make_arm(name: str, options: argparse.Namespace, lengths: list[int] | None = None) -> Arm:
     """A model with random weights, the method, data of the wanted shape or of the given lengths."""
     backbone = config.build(config.load([f"backbone={options.backbone}", "backbone.weights=random"]).backbone)
-    method, step = methods(backbone.kinds, backbone.head, options.rank)[name]
+    plain = name.removesuffix(COMPILED)
+    method, step = methods(backbone.kinds, backbone.head, options.rank)[plain]
     generator = torch.Generator().manual_seed(0)
     lengths = lengths or [options.length] * options.batch
     rows = [torch.randint(5, 1000, (length,), generator=generator).tolist() for length in lengths]
@@ -151,6 +154,8 @@ def make_arm(name: str, options: argparse.Namespace, lengths: list[int] | None =
     for growth in [0, *(DUE + i * GROWTH["interval"] for i in range(options.rank - 1))]:
         for group in method.before_step(growth):  # of other methods: nothing
             run.optimizer.add_param_group({"born": 1, "lr": 0.0, **group})
+    if plain != name:
+        model.compile()
     return Arm(run, step)
 
 
@@ -189,6 +194,8 @@ def grow(arm: Arm) -> float:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of one step per arm, after two rounds of warm-up."""
     names = [n for n in methods({}, "", 1) if n in options.methods or n.partition(",")[0] in options.methods]
+    if options.compile:
+        names += [name + COMPILED for name in names if name in ("lora", "increlora, not scoring")]
     arms = {name: make_arm(name, options) for name in names}
     evaluated = {"evaluation lora": arms["lora"].run.model}
     if grown := arms.get("increlora, after growth"):
@@ -202,12 +209,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, model in evaluated.items():
             call = functools.partial(predict, model, run.data.train, TASK, run.settings)
             taken[name] = timed(call, run.device)
+        if number == 0:
+            first = {name: taken[name] for name in names}
         if number >= 2:
             for name, value in taken.items():
                 seconds[name].append(value)
     growing = arms.get("increlora, scoring")
     growth = [grow(growing) for _ in range(3)] if growing else []
-    return {"seconds": seconds, "growth": growth}
+    measured = {"seconds": seconds, "first step": first, "growth": growth}
+    if compiled := arms.get("increlora, not scoring" + COMPILED):
+        grow(compiled)
+        measured["compiled, step after a growth"] = compiled.take()
+    return measured
 
 
 def merged(arm: Arm) -> nn.Module:
@@ -321,6 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="also LoRA and IncreLoRA under torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory of every arm out")
     parser.add_argument("--data", type=Path, help="folder of GLUE's TSV folders: adds the padding")
     parser.add_argument("--tokenizer", type=Path, help="folder with DeBERTaV3's spm.model")
