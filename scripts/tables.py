@@ -1,4 +1,4 @@
-"""Write the tables of results/ and of the README from the result files alone.
+"""Write the tables of results/, README and docs/ from the result files alone.
 
 python scripts/tables.py            # or: make tables
 python scripts/tables.py --check    # exit 1 if a table is stale
@@ -24,6 +24,7 @@ from increlora.figures import LOOKS, PROTOCOLS, TASKS, Run, Runs
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "results" / "tables"
+PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "docs" / "cost.md")  # tables stand between markers
 PUBLISHED = ROOT / "results" / "paper" / "published.csv"
 GLUE = ("mnli_m", "mnli_mm", "sst2", "cola", "qqp_acc", "qqp_f1", "qnli", "rte", "mrpc", "stsb")
 # published name and parameters -> our method and budget
@@ -298,9 +299,7 @@ def _is_table1(run: Run) -> bool:
 
 def tables() -> dict[Path, str]:
     """Path -> content of every generated file."""
-    readme, overview = (
-        path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "results" / "README.md")
-    )
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
     content = {
         "every_method_once": results.runs_table(runs_of("minilm_comparison")) + "\n",
         "four_tasks": four_tasks() + "\n",
@@ -313,8 +312,8 @@ def tables() -> dict[Path, str]:
         content[name] = table.markdown()
         files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
     for name, text in content.items():
-        readme, overview = insert(readme, name, text.rstrip()), insert(overview, name, text.rstrip())
-    return files | {ROOT / "README.md": readme, ROOT / "results" / "README.md": overview}
+        pages = {path: insert(page, name, text.rstrip()) for path, page in pages.items()}
+    return files | pages
 
 
 def main() -> int:
