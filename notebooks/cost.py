@@ -81,7 +81,8 @@ for measured in benchmarks:
     for arm in ("lora", *(arm for arm in ARMS if arm in measured["seconds"])):
         seconds = np.median(measured["seconds"][arm])
         rows.append({
-            "benchmark": measured["options"]["backbone"], "method": ARMS.get(arm, ("", "LoRA"))[1],
+            "benchmark": "{backbone}, {precision}".format(**measured["options"]),
+            "method": ARMS.get(arm, ("", "LoRA"))[1],
             "seconds a step": f"{seconds:.3f}", "tokens a second": f"{tokens / seconds:,.0f}",
             "time / LoRA": f"{measured['ratios'].get(arm, 1.0):.3f}",
             "peak memory, MB": f"{measured['memory'][arm]:,.0f}" if arm in measured.get("memory", {}) else "",
