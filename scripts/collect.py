@@ -2,17 +2,25 @@
 
     python scripts/collect.py runs
 
-Only results of a clean commit are taken; `--dirty` takes the others too.
+Only results of a clean commit are taken; `--dirty` takes the others too. Of a data folder with an absolute path only
+the name is kept: where it lay on one machine is of no use to others.
 """
 
 import argparse
-import shutil
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from increlora import config, results
 
 DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
+
+
+def published(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without what only one machine knows."""
+    source = Path(result["data"]["source"])
+    return result | {"data": result["data"] | {"source": source.name if source.is_absolute() else str(source)}}
 
 
 @config.guarded
@@ -29,7 +37,7 @@ def main() -> None:
             continue
         target = DESTINATION / path.parent.relative_to(arguments.source).with_suffix(".json")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        target.write_text(json.dumps(published(result), indent=1) + "\n", encoding="utf-8")
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
 

@@ -1,0 +1,30 @@
+"""scripts/collect.py: what becomes of finished runs on their way into results/runs."""
+
+import json
+
+from conftest import ROOT
+from finished_runs import SYNTHETIC, call, finished, module
+
+script = module(ROOT / "scripts" / "collect.py")
+
+
+def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_path, monkeypatch, capsys):
+    run_dir = finished(tmp_path / "runs" / "tiny" / "seed41", "backbone=tiny", *SYNTHETIC, "method=lora")
+    result = json.loads((run_dir / "result.json").read_text())
+    clean = result | {"code": result["code"] | {"dirty": False}, "data": result["data"] | {"source": "/home/me/glue"}}
+    (run_dir / "result.json").write_text(json.dumps(clean, indent=1))
+    other = tmp_path / "runs" / "tiny" / "seed42"
+    other.mkdir()
+    (other / "result.json").write_text(json.dumps(clean | {"code": clean["code"] | {"dirty": True}}))
+    monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
+    assert call(script, monkeypatch, tmp_path / "runs") == 0
+    said = capsys.readouterr()
+    assert "1 results copied" in said.out and "uncommitted changes" in said.err and "seed42" in said.err
+    copied = json.loads((tmp_path / "results" / "runs" / "tiny" / "seed41.json").read_text())
+    assert copied == clean | {"data": clean["data"] | {"source": "glue"}}
+    assert not (tmp_path / "results" / "runs" / "tiny" / "seed42.json").exists()
+
+
+def test_a_hub_and_a_relative_folder_are_named_as_they_are():
+    for source in ("nyu-mll/glue@bcdcba79", "../shared/glue", "synthetic"):
+        assert script.published({"data": {"source": source}}) == {"data": {"source": source}}
