@@ -39,6 +39,7 @@ SAME_AS = {
 }  # fmt: skip
 ABLATION = ("raw_growth", "only_orthogonality", "only_advance_learning", "only_restart_warmup", "no_orthogonality",
             "no_advance_learning", "no_restart_warmup")  # fmt: skip
+CONTROLS = ("random_growth", "uniform")  # what the study asks about
 
 
 @dataclass
@@ -101,7 +102,14 @@ def study(experiment: str, tasks: Mapping[str, Runs]) -> dict[str, Table]:
     ]  # fmt: skip
     columns = ["task", "method", *PROTOCOLS, "95 % interval of last", "diverged", "learning rate"]
     caption = f"{experiment}: mean ± SD over seeds (number of seeds), per cent."
-    return {experiment: Table(caption, columns, rows), f"{experiment}_differences": differences(experiment, tasks)}
+    controls = {
+        task: {m: methods[m] for m in methods if m == "increlora" or m in CONTROLS} for task, methods in tasks.items()
+    }
+    return {
+        experiment: Table(caption, columns, rows),
+        f"{experiment}_differences": differences(experiment, tasks),
+        f"{experiment}_controls": differences(experiment, controls),
+    }
 
 
 def differences(experiment: str, tasks: Mapping[str, Runs]) -> Table:
