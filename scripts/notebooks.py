@@ -57,6 +57,7 @@ def executed(path: Path) -> NotebookNode:
     try:
         NotebookClient(
             notebook, timeout=SECONDS, startup_timeout=SECONDS, kernel_name="python3", record_timing=False,
+            coalesce_streams=True,  # however the kernel happened to cut what a cell prints
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": str(path.resolve().parent)}},
         ).execute()  # fmt: skip

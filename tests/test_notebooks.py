@@ -64,6 +64,7 @@ def test_a_notebook_shows_what_the_results_say(source, elsewhere):
     backend = "module://matplotlib_inline.backend_inline"
     client = nbclient.NotebookClient(
         notebook, timeout=300, startup_timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+        coalesce_streams=True,
         resources={"metadata": {"path": str(elsewhere)}},
     )  # fmt: skip
     client.execute(env=os.environ | {"INCRELORA_RESULTS": str(elsewhere), "MPLBACKEND": backend})
