@@ -135,7 +135,8 @@ def test_every_value_is_there(run):
     for value in (result["code"]["commit"], result["data"]["fingerprint"], result["data"]["source"]):
         assert value in text
     assert "without uncommitted changes" in text and "Uncommitted" not in text
-    assert f"learning_rate: {result['config']['train']['learning_rate']}" in page.text("pre")
+    shown = re.search(r"learning_rate: (\S+)", page.text("pre"))  # YAML writes 3.0e-05 for 3e-05
+    assert float(shown[1]) == result["config"]["train"]["learning_rate"]
     assert [row[0] for row in page.table("step", "epoch")[1:]] == [f"{p['step']:,}" for p in result["curve"]]
 
 
