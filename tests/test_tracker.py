@@ -26,11 +26,13 @@ def record(tracker, folder):
     tracker.finish("finished", {"best": 0.75})
 
 
-def wandb_records(data: bytes):
+def wandb_records(file):
     """The protobuf records of a .wandb file: LevelDB's log format behind a header of seven bytes."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
-    position, record = 7, b""
+    wandb.teardown()  # a finished run may not be on disk yet: W&B's own process writes it, and ends here
+    data, position, record = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
         if BLOCK - position % BLOCK < 7:  # no room for a record's header: padding
             position += BLOCK - position % BLOCK
@@ -63,7 +65,7 @@ def test_wandb_offline_run_is_read_back(tmp_path, caplog):
     assert tracker.run is not None, caplog.text
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history, config, run = [], {}, None
-    for item in wandb_records(file.read_bytes()):
+    for item in wandb_records(file):
         kind = item.WhichOneof("record_type")
         if kind == "history":
             history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in item.history.item})
@@ -129,5 +131,5 @@ def test_a_continued_record_drops_what_came_after_the_checkpoint_and_what_a_kill
     assert lines(again)[2]["train/loss"] == 0.5
     assert lines(again)[2]["seconds"] >= lines(again)[1]["seconds"]
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")  # whole by itself: the earlier steps are in it
-    records = [r for r in wandb_records(file.read_bytes()) if r.WhichOneof("record_type") == "history"]
+    records = [r for r in wandb_records(file) if r.WhichOneof("record_type") == "history"]
     assert len(records) == 3
