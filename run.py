@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> float | None:
     """One run; returns the best primary score (for sweepers)."""
     run = config.identity(cfg, HydraConfig.get().overrides.task)
     run_dir, resolved = config.run_directory(cfg, run), config.resolved(cfg)
-    result = None if cfg.overwrite else results.stored(run_dir, resolved)
+    result = None if cfg.overwrite else results.stored(run_dir, resolved, lambda: config.inputs(cfg))
     if result is None:
         result, where = train(cfg, run, run_dir, resolved)
     else:
@@ -49,11 +49,13 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     data = task.load(tokenizer)
     model = backbone.model(task.num_labels, task.head_dropout)
     method.prepare(model, settings.total_steps(len(data.train)))
-    identity = {"config": resolved, "data": data.fingerprint, "processes": distributed.processes()}
-    checkpoints = Checkpoints(run_dir, identity)
+    code, inputs = results.code_state(str(device)), {"base": backbone.digest(), **method.inputs()}
+    identity = {"config": resolved, "data": data.fingerprint, "processes": distributed.processes(), **inputs}
+    checkpoints = Checkpoints(run_dir, identity, [f"{code['commit']}{'-dirty' * code['dirty']}"])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
         if cfg.overwrite and distributed.is_main():
-            checkpoints.clear()
+            (run_dir / results.FILE_NAME).unlink(missing_ok=True)  # first: it must not stand beside other weights
+            checkpoints.clear("best", "last")
         state = None if cfg.overwrite else checkpoints.load()
         if state and distributed.is_main():
             print(f"continuing from step {state['progress']['step']}: {checkpoints.path('checkpoint')}")
@@ -61,14 +63,17 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         status, summary, where = "failed", {}, []
         try:
             outcome = loop(model, method, task, data, settings, recorder, tokenizer.pad_token_id, checkpoints, state)
-            result = results.build(run, resolved, data, outcome, str(device))
+            code["commits"] = checkpoints.commits
+            result = results.build(run, resolved, data, outcome, code, inputs)
             if distributed.is_main():
                 results.write(run_dir, result)
                 checkpoints.clear()
                 where = [f"result: {run_dir / results.FILE_NAME}", *recorder.where()]
             status, summary = outcome.status, {name: s["score"] for name, s in result["scores"].items()}
-        except Interrupted:
+        except Interrupted as error:
             status = "interrupted"
+            if cfg.overwrite:
+                raise Interrupted(f"{error} (without overwrite=true)", error.signal) from None
             raise
         finally:
             recorder.finish(status, summary)

@@ -3,6 +3,7 @@
 The fourth control, `uniform`, is IncreLoRA with init_rank = target_rank and needs no code.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,10 @@ class StaticPattern(IncreLoRA):
         matrices = super().adapted_matrices(model)
         self.pattern_ranks = self.deal(self._checked(read_ranks(self.pattern), list(matrices)))
         return {name: matrix for name, matrix in matrices.items() if self.pattern_ranks[name]}
+
+    def inputs(self) -> dict[str, str]:
+        ranks = json.dumps(sorted(read_ranks(self.pattern).items()))
+        return {"pattern": hashlib.sha256(ranks.encode()).hexdigest()}
 
     def deal(self, ranks: dict[str, int]) -> dict[str, int]:
         """The rank of every matrix, in model order, from those of the finished run."""

@@ -108,6 +108,22 @@ class Backbone:
         self._draw_head(model, absent)
         return _in_fp32(model)
 
+    def digest(self) -> str | None:
+        """sha256 of the file that decides what the encoder is: its weights, or config.json if they are random.
+
+        None if nothing but these fields does.
+
+        Raises:
+            UserError: no such folder or files, or no hub.
+        """
+        if self.weights == "random":
+            folder = self._described()
+            return None if folder is None else _sha256(folder / CONFIG[0][0])
+        if self.sha256 is not None and self.path is None:
+            return self.sha256  # `model` refuses any other
+        folder = self._folder(CONFIG, WEIGHTS)
+        return _sha256(next(folder / name for (name,) in WEIGHTS if (folder / name).is_file()))
+
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The backbone's tokenizer; one built from the synthetic task's words if it has no files anywhere.
 
@@ -171,8 +187,7 @@ class Backbone:
         return f"{pip}backbone.path=DIR (a folder with the files of {self.hub})"
 
     def _check_digest(self, file: Path) -> None:
-        with _readable(file.parent, "weights"), file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = _sha256(file)
         if digest != self.sha256:
             raise UserError(
                 f"{file} is not the published file: its sha256 is {digest}, not {self.sha256}.\n"
@@ -198,12 +213,15 @@ class Backbone:
             setattr(config, key, head_dropout)
         return config
 
+    def _described(self) -> Path | None:
+        """`path`, if it holds a config.json."""
+        folder = None if self.path is None else _complete_folder(self.path, ())
+        return None if folder is None or _lacking(folder, (CONFIG,)) else folder
+
     def _random_model(self, num_labels: int, head_dropout: float) -> "PreTrainedModel":
         from transformers import AutoModelForSequenceClassification
 
-        folder = None if self.path is None else _complete_folder(self.path, ())
-        described = folder is not None and not _lacking(folder, (CONFIG,))
-        config = self._config(folder if described else None, num_labels, head_dropout)
+        config = self._config(self._described(), num_labels, head_dropout)
         with self._own_randomness():
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         head = {name for name, _ in model.named_parameters() if re.fullmatch(self.head, name)}
@@ -273,6 +291,11 @@ def _lacking(folder: Path, needs: Sequence[Alternatives]) -> list[str]:
         for need in needs
         if not any(all((folder / name).is_file() for name in files) for files in need)
     ]
+
+
+def _sha256(file: Path) -> str:
+    with _readable(file.parent, file.name), file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _complete_folder(path: str, needs: Sequence[Alternatives]) -> Path:

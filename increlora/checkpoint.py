@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,12 @@ class Checkpoints:
     Args:
         folder: the run directory.
         identity: what must be the same for a run to be continued, in plain data.
+        commits: of the code, in order; `load` puts those of the run so far before them.
     """
 
     folder: Path
     identity: Mapping[str, Any]
+    commits: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -163,7 +165,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; the one before is still good.
         """
-        write(self.path("checkpoint"), {"identity": self.identity, "state": state}, keep_previous=True)
+        document = {"identity": self.identity, "commits": self.commits, "state": state}
+        write(self.path("checkpoint"), document, keep_previous=True)
 
     def load(self) -> dict[str, Any] | None:
         """The state to continue from, None if there is none.
@@ -182,15 +185,16 @@ class Checkpoints:
                 f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"
                 "Give the arguments and the data it was started with, or overwrite=true to start anew."
             )
+        self.commits = list(dict.fromkeys([*document.get("commits", []), *self.commits]))
         return document["state"]
 
     def keep(self, name: str, state: Mapping[str, Any]) -> None:
         """Write the trained weights and the method's structure to `<name>.safetensors`."""
         write(self.path(name), {"identity": self.identity, "state": state})
 
-    def clear(self) -> None:
-        """Delete the checkpoints; `best` and `last` stay."""
-        for file in (self.path("checkpoint"), previous(self.path("checkpoint"))):
+    def clear(self, *names: str) -> None:
+        """Delete the checkpoints, and the weights kept under these names; others stay."""
+        for file in (*map(self.path, names), self.path("checkpoint"), previous(self.path("checkpoint"))):
             file.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ Of the library only `increlora.trained` needs this module, and none of it Hydra 
 import functools
 import hashlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -77,6 +78,41 @@ def identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         "settings_from": cfg.settings_from,
         "overrides": sorted(o for o in overrides if not _is(o, IDENTITY) and not _is(o, NEUTRAL)),
     }
+
+
+def inputs(cfg: DictConfig) -> dict[str, str | None]:
+    """Digests of the local files that a run reads and that its configuration only points to, by name.
+
+    Data from the hub and generated data are not among them: a fixed revision, or the configuration, says what they are.
+
+    Raises:
+        UserError: such a file is missing or cannot be read.
+    """
+    found: dict[str, str | None] = {}
+    if cfg.task.get("data_dir"):
+        found["data"] = _data_digest(_node(cfg.task))
+    if cfg.backbone.get("path") or cfg.backbone.get("sha256"):
+        found["base"] = _base_digest(_node(cfg.backbone))
+    if cfg.method.get("pattern"):
+        found |= build(cfg.method).inputs()
+    return found
+
+
+def _node(cfg: DictConfig) -> str:
+    node: Any = OmegaConf.to_container(cfg, resolve=True)
+    return json.dumps({key: value for key, value in node.items() if key != "seed"})
+
+
+@functools.cache  # a sweep asks for every one of its runs
+def _data_digest(node: str) -> str:
+    from increlora.tasks import fingerprint
+
+    return fingerprint(build(OmegaConf.create(json.loads(node))).read()[1])
+
+
+@functools.cache
+def _base_digest(node: str) -> str | None:
+    return build(OmegaConf.create(json.loads(node))).digest()
 
 
 def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:

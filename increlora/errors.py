@@ -16,6 +16,7 @@ class Interrupted(UserError):
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
+        self.signal = signal
         self.exit_code = 128 + signal
 
 

@@ -135,6 +135,10 @@ class Method:
         total = sum(p.numel() for p in model.parameters())
         return {"update": sum(trained.values()) - in_head, "reserve": 0, "head": in_head, "total": total}
 
+    def inputs(self) -> dict[str, str]:
+        """Digests of what the method reads beside its configuration, by name."""
+        return {}
+
     def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Every tensor that, put over the pretrained weights, gives the trained model back."""
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # reading results must not cost the import of torch
     from increlora.train import Evaluation, Outcome
 
 FILE_NAME = "result.json"
+INPUTS = {"data": "data", "base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # in words
+SOURCES = ("--", ":/run.py", ":/increlora", ":/baselines", ":/configs")  # where a new file may change what is computed
 PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 
 
@@ -28,9 +30,14 @@ def build(
     config: Mapping[str, Any],
     data: "TaskData",
     outcome: "Outcome",
-    device: str,
+    code: Mapping[str, Any],
+    inputs: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """The content of a result file.
+
+    Args:
+        code: `code_state` from before the training.
+        inputs: digests of what was read beside the data, by name: `base`, the pretrained weights.
 
     Scores, ranks and parameters of `best` (on the primary evaluation split), `last` and, with a
     held-out part of train, `clean` (chosen there, scored on the primary split) come from one and the
@@ -44,7 +51,8 @@ def build(
     return {
         "status": outcome.status,
         "run": dict(run),
-        "code": code_state(device),
+        "code": dict(code),
+        "inputs": dict(inputs),
         "data": {
             "source": data.source,
             "sizes": data.sizes,
@@ -84,7 +92,7 @@ def code_state(device: str) -> dict[str, Any]:
 
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no") or _git("status", "--porcelain", *SOURCES)),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": device,
         "processes": distributed.processes(),
@@ -141,11 +149,16 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the result file {path}: {error}") from None
 
 
-def stored(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def stored(
+    run_dir: Path, config: Mapping[str, Any], inputs: Callable[[], Mapping[str, str | None]] = dict
+) -> dict[str, Any] | None:
     """The result of a finished run of this configuration, None if there is none yet.
 
+    Args:
+        inputs: gives the digests of the files that it would read now, by name; called if there is a result.
+
     Raises:
-        UserError: the directory holds the result of another configuration.
+        UserError: the directory holds the result of another configuration, or of other files.
     """
     path = run_dir / FILE_NAME
     if not path.exists():
@@ -156,6 +169,13 @@ def stored(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is the result of another configuration (it differs in {', '.join(changed[:5])}). "
             "Run with overwrite=true to replace it, or with another run_dir."
+        )
+    before = {"data": result["data"]["fingerprint"], **result.get("inputs", {})}
+    if other := [name for name, digest in inputs().items() if digest != before.get(name, digest)]:
+        words = " and ".join(INPUTS[name] for name in other)
+        raise UserError(
+            f"{path} is the result with {words} that have changed since, or lie elsewhere.\n"
+            "Give those it was made with, or run with overwrite=true to replace it, or with another run_dir."
         )
     return result
 

@@ -105,6 +105,11 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
     state = _state(run_dir / f"{name}.safetensors", result)
     cfg = run_config(result["config"], overrides)
     settings, method, task, backbone = (config.build(cfg[key]) for key in ("train", "method", "task", "backbone"))
+    if backbone.digest() != result.get("inputs", {}).get("base", backbone.digest()):
+        raise UserError(
+            f"{run_dir} was trained on other pretrained weights than those of this backbone.\n"
+            "Give the folder with the weights it was trained on: backbone.path=DIR"
+        )
     model = backbone.model(task.num_labels, task.head_dropout)
     method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
     checkpoint.load_model_state(model, method, state)
@@ -146,7 +151,9 @@ def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the run's weights are needed beside its {results.FILE_NAME}")
     document = checkpoint.read(path)
-    changed = changed_keys(document["identity"]["config"], result["config"])
+    identity = document["identity"]
+    expected = {"config": result["config"], "data": result["data"]["fingerprint"], **result.get("inputs", {})}
+    changed = changed_keys({key: identity.get(key) for key in expected}, expected)
     if changed:
         raise UserError(f"{path} is of another run than {results.FILE_NAME}: it differs in {', '.join(changed[:5])}")
     return document["state"]

@@ -2,7 +2,7 @@
 
     python scripts/collect.py runs
 
-Only results of a clean commit are taken; `--dirty` takes the others too. Of a data folder with an absolute path only
+Only results of one clean commit are taken; `--dirty` takes the others too. Of a data folder with an absolute path only
 the name is kept: where it lay on one machine is of no use to others.
 """
 
@@ -32,8 +32,10 @@ def main() -> None:
     taken = 0
     for path in sorted(arguments.source.rglob(results.FILE_NAME)):
         result = results.read(path)
-        if result["code"]["dirty"] and not arguments.dirty:
-            print(f"left out, the tree had uncommitted changes: {path}", file=sys.stderr)
+        commits = result["code"].get("commits", [])
+        if (result["code"]["dirty"] or len(commits) > 1) and not arguments.dirty:
+            reason = f"it ran on {', '.join(commits)}" if len(commits) > 1 else "the tree had uncommitted changes"
+            print(f"left out, {reason}: {path}", file=sys.stderr)
             continue
         target = DESTINATION / path.parent.relative_to(arguments.source).with_suffix(".json")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -160,8 +160,9 @@ def quoted(value: Any) -> str:
 
 def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
     """The result of a run that finished before, in its own directory or among the known ones."""
-    resolved = config.resolved(config.load(run.overrides))
-    result = results.stored(run.directory, resolved)
+    cfg = config.load(run.overrides)
+    resolved = config.resolved(cfg)
+    result = results.stored(run.directory, resolved, lambda: config.inputs(cfg))
     if result is None and known is not None:
         path = (known / run.directory.relative_to("runs")).with_suffix(".json")
         if path.exists() and results.read(path)["config"] == json.loads(json.dumps(resolved)):

@@ -13,16 +13,18 @@ def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_p
     result = json.loads((run_dir / "result.json").read_text())
     clean = result | {"code": result["code"] | {"dirty": False}, "data": result["data"] | {"source": "/home/me/glue"}}
     (run_dir / "result.json").write_text(json.dumps(clean, indent=1))
-    other = tmp_path / "runs" / "tiny" / "seed42"
-    other.mkdir()
-    (other / "result.json").write_text(json.dumps(clean | {"code": clean["code"] | {"dirty": True}}))
+    for name, code in (("seed42", {"dirty": True}), ("seed43", {"commits": ["c0ffee", "decade"]})):
+        other = tmp_path / "runs" / "tiny" / name
+        other.mkdir()
+        (other / "result.json").write_text(json.dumps(clean | {"code": clean["code"] | code}))
     monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
     assert call(script, monkeypatch, tmp_path / "runs") == 0
     said = capsys.readouterr()
     assert "1 results copied" in said.out and "uncommitted changes" in said.err and "seed42" in said.err
+    assert "it ran on c0ffee, decade" in said.err and "seed43" in said.err
     copied = json.loads((tmp_path / "results" / "runs" / "tiny" / "seed41.json").read_text())
     assert copied == clean | {"data": clean["data"] | {"source": "glue"}}
-    assert not (tmp_path / "results" / "runs" / "tiny" / "seed42.json").exists()
+    assert len(list((tmp_path / "results").rglob("*.json"))) == 1
 
 
 def test_a_hub_and_a_relative_folder_are_named_as_they_are():

@@ -27,7 +27,7 @@ def made() -> dict:
     data = TaskData(split, {"dev": split, "holdout": split}, "folder", {"train": 9}, "abc", {"train": 0}, {})
     cost = {"steps": 30, "seconds": 3.0, "tokens": 100, "padded_tokens": 5}
     outcome = Outcome("finished", dict.fromkeys(NAMES, 1), curve, [{"step": 15, "added": {}, "scores": {}}], cost, 0)
-    return results.build(RUN, CONFIG, data, outcome, "cpu")
+    return results.build(RUN, CONFIG, data, outcome, results.code_state("cpu"), {"base": "b"})
 
 
 def test_scores_ranks_and_parameters_come_from_one_checkpoint_each():
@@ -79,6 +79,9 @@ def test_a_finished_run_is_found_and_another_configuration_refused(tmp_path):
     changed = CONFIG | {"train": {"epochs": 6, "device": "cpu"}}
     with pytest.raises(UserError, match=r"differs in train.epochs, train.device\). Run with overwrite=true"):
         results.stored(tmp_path, changed)
+    assert results.stored(tmp_path, CONFIG, lambda: {"data": "abc", "base": "b", "pattern": "unknown then"})
+    with pytest.raises(UserError, match="data and pretrained weights that have changed"):
+        results.stored(tmp_path, CONFIG, lambda: {"data": "other", "base": "c"})
 
 
 def test_a_broken_result_file_is_named(tmp_path):
