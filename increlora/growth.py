@@ -42,7 +42,7 @@ class Growth:
     and loads the two state dicts (Trainer, accelerate, `torch.save`) therefore resumes exactly.
 
     *Several processes*: parameters that are born after the model was wrapped in DistributedDataParallel are
-    unknown to it; their gradients are averaged as they arrive.
+    unknown to it; their gradients are averaged at the end of each backward.
 
     Args:
         method: prepared on `model`.
@@ -65,7 +65,10 @@ class Growth:
         self.begun = self.scaled = False  # of the step under way
         self.finite: bool | None = None  # None until its gradients are complete
         self.first_names = {name for name, _ in model.named_parameters()}
+        self.born: dict[str, nn.Parameter] = {}  # since then
+        self.averages = False  # at the end of the backward under way
         self.restored = False  # a model's state was loaded, perhaps without the optimizer's
+        self._check_steps()
         self._check_optimizer()
         self._name_groups()
         self.hooks = [
@@ -73,6 +76,9 @@ class Growth:
             model.register_load_state_dict_pre_hook(self._restore),
             optimizer.register_load_state_dict_pre_hook(self._regroup),
         ]
+        if distributed.processes() > 1:
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            self.hooks += [p.register_post_accumulate_grad_hook(self._queue_average) for p in trained]
 
     # one step
 
@@ -107,8 +113,11 @@ class Growth:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if self.finite:
-            for group in self.method.before_step(self.step):
+            groups = self.method.before_step(self.step)
+            for group in groups:
                 self._add({"born": self.step + 1, **group})
+            if groups and any(ranks != self.method.ranks() for ranks in distributed.gather(self.method.ranks())):
+                raise UserError("the processes disagree about the ranks: start them with the same model and settings")
         elif not self.scaled:  # a scaler leaves the step out by itself
             self.optimizer.zero_grad(set_to_none=True)
         return self.finite
@@ -128,6 +137,14 @@ class Growth:
         self.method.merge(self.model)
         for hook in self.hooks:
             hook.remove()
+
+    def _check_steps(self) -> None:
+        last = max(self.method.planned_ranks(), default=0)
+        if last >= self.total_steps:
+            raise UserError(
+                f"ranks change until step {last}, after the last of {self.total_steps} steps: give method.prepare and "
+                "Growth the same total_steps"
+            )
 
     # the optimizer's groups
 
@@ -157,18 +174,30 @@ class Growth:
         like = next((existing for existing in groups if existing.get("decay", True)), groups[0])
         options = {key: value for key, value in like.items() if key not in ("params", "param_names")}
         self.optimizer.add_param_group({**options, "lr": 0.0, **group})
-        self._average(group["params"])
+        self._note_born(group["params"])
 
-    def _average(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        if distributed.processes() > 1:
-            for name, parameter in named:
-                if name not in self.first_names:
-                    parameter.register_post_accumulate_grad_hook(self._average_gradient)
+    def _note_born(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.born |= {name: parameter for name, parameter in named if name not in self.first_names}
 
-    def _average_gradient(self, parameter: Tensor) -> None:
-        if self.begun and parameter.grad is not None:  # the penalty's gradient, before that, is the same everywhere
-            # what earlier micro-batches left is a mean already and stays as it is
-            parameter.grad = distributed.mean(parameter.grad.contiguous())
+    def _queue_average(self, _: Tensor) -> None:
+        # the penalty's gradient, before the step has begun, is the same everywhere
+        if self.begun and self.born and not self.averages:
+            self.averages = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
+
+    def _average(self) -> None:
+        """Average the gradients of the born parameters; what earlier micro-batches left is a mean and stays as it is.
+
+        A process may have passed some of them over (an expert, a dropped layer): there they count as 0.
+        """
+        self.averages = False
+        parameters = list(self.born.values())
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        parameters = [p for p, share in zip(parameters, distributed.mean(used).tolist(), strict=True) if share]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.average_gradients(parameters)
 
     # state dicts
 
@@ -204,7 +233,7 @@ class Growth:
         for group in names:
             named = [(name, parameters[name]) for name in group]
             optimizer.add_param_group({"params": named})
-            self._average(named)
+            self._note_born(named)
 
 
 def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

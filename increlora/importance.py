@@ -37,7 +37,8 @@ class DeltaGradient:
     """Collects G of one matrix over the uses and micro-batches of one optimizer step.
 
     G is reduced to S when the last gradient has arrived and is let go, so that a step without
-    accumulation holds one G at a time.
+    accumulation holds one G at a time. Several processes wait with it until `finish`, called for one matrix after
+    another: what one of them passes over (an expert, a dropped layer) would pair the G of different matrices.
 
     Args:
         linear: the matrix; `linear.watcher` is set to this object until `finish`.
@@ -68,20 +69,23 @@ class DeltaGradient:
         self.awaited -= 1
         if self.awaited == 0:
             self.remaining -= 1
-            if self.remaining == 0:
-                self._reduce()
+            if self.remaining == 0 and distributed.processes() == 1:
+                self._reduce(self.gradient)
 
     @torch.no_grad()
-    def _reduce(self) -> None:
-        gradient = distributed.mean(self.gradient)
+    def _reduce(self, gradient: Tensor) -> None:
         self.sensitivity = sensitivity(self.linear.delta(), gradient, self.reduction)
         self.gradient = None
 
     def finish(self) -> Tensor:
         """S of the step, a scalar; 0 for a matrix that took no part in it."""
         self.linear.watcher = None
-        if self.gradient is not None:
-            self._reduce()
+        gradient = self.gradient
+        if distributed.processes() > 1:
+            own = torch.zeros_like(self.linear.weight) if gradient is None else gradient
+            gradient = distributed.mean(own)
+        if gradient is not None:
+            self._reduce(gradient)
         return self.linear.weight.new_zeros(()) if self.sensitivity is None else self.sensitivity
 
 

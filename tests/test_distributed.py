@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from increlora import checkpoint
@@ -122,3 +123,20 @@ def test_a_single_gradient_is_averaged_too(tmp_path):
     )
     done = run([*TORCHRUN, tmp_path / "one.py"])
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_process_passes_over_is_not_mixed_up_with_what_it_uses(tmp_path):
+    found = []
+    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
+        (tmp_path / name).mkdir()
+        done = run([*command, Path(__file__).parent / "routed_worker.py", tmp_path / name])
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / name / "outcome.json").read_text()))
+    one, two = found
+    assert len(one["allocations"]) == 4 and len({tuple(a["added"]) for a in one["allocations"]}) == 2
+    for a, b in zip(one["allocations"], two["allocations"], strict=True):
+        assert (a["step"], a["added"]) == (b["step"], b["added"])
+        assert list(b["scores"].values()) == pytest.approx(list(a["scores"].values()), rel=1e-9)
+    assert list(one["weights"]) == list(two["weights"])
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(torch.tensor(two["weights"][name]), torch.tensor(value), rtol=1e-7, atol=1e-9)
