@@ -102,6 +102,7 @@ class AdaLoRA(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"method.{name} must be in (0, 1), it is {getattr(self, name)}")

@@ -71,6 +71,7 @@ class Adapters(Method):
     activation: str = "swish"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bottleneck < 1:
             raise UserError(f"method.bottleneck must be at least 1, it is {self.bottleneck}")
         if self.activation not in ACTIVATIONS:

@@ -35,6 +35,7 @@ class LoRA(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise UserError(f"method.rank must be at least 1, it is {self.rank}")
         if not 0 <= self.dropout < 1:

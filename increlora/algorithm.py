@@ -1,14 +1,14 @@
 """IncreLoRA: every matrix starts at rank 1, and the most important ones grow until the budget is spent."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from increlora import surgery
-from increlora.allocator import Allocator, smallest_top_h
+from increlora.allocator import Allocator
 from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
 from increlora.linear import Component, IncrementalLinear, OrthogonalPenalty
@@ -63,9 +63,13 @@ class IncreLoRA(Method):
     rank_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"method.{name} must be in [0, 1), it is {getattr(self, name)}")
+        for name in ("orth_weight", "reserve_lambda"):
+            if getattr(self, name) < 0:
+                raise UserError(f"method.{name} must not be negative, it is {getattr(self, name)}")
         if self.score_reduction not in ("sqrt", "mean"):
             raise UserError(f"method.score_reduction must be sqrt or mean, it is '{self.score_reduction}'")
         if self.scoring_window not in ("auto", "all") and not (type(self.scoring_window) is int and self.window > 0):
@@ -98,14 +102,18 @@ class IncreLoRA(Method):
         Raises:
             UserError: the schedule is impossible in `total_steps`.
         """
-        rank_step = self.rank_step or max(1, self.target_rank // 2)
-        needed = (self.target_rank - self.init_rank) * matrices
-        top_h = self.top_h
-        if top_h is None:
-            top_h = smallest_top_h(needed, rank_step, self.interval, self.init_warmup, total_steps)
+        if total_steps < 1:
+            raise UserError(
+                f"the run has {total_steps} steps: give the optimizer steps of the whole run "
+                "(where a Trainer counts epochs, its max_steps is -1)"
+            )
+        rank_step = max(1, self.target_rank // 2) if self.rank_step is None else self.rank_step
+        top_h = 1 if self.top_h is None else self.top_h
         allocator = Allocator(
             matrices, self.init_rank, self.target_rank, rank_step, top_h, self.interval, self.init_warmup
         )
+        if self.top_h is None:
+            allocator = replace(allocator, top_h=allocator.smallest_top_h(total_steps))
         allocator.check(total_steps)
         return allocator
 

@@ -104,8 +104,7 @@ class Allocator:
                 f"{self.rank_step}, budget {self.budget}). Lower method.interval or raise method.top_h or train.epochs."
             )
 
-
-def smallest_top_h(needed: int, rank_step: int, interval: int, init_warmup: int, total_steps: int) -> int:
-    """The smallest top_h with which growth ends in the first half of training (published recipes: 32 to 41 %)."""
-    rounds = max(1, total_steps // 2 // interval - init_warmup // interval)
-    return max(1, -(-needed // (rank_step * rounds)))
+    def smallest_top_h(self, total_steps: int) -> int:
+        """The smallest top_h with which growth ends in the first half of training (published recipes: 32 to 41 %)."""
+        rounds = max(1, total_steps // 2 // self.interval - self.init_warmup // self.interval)
+        return max(1, -(-self.needed // (self.rank_step * rounds)))

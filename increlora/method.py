@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from increlora import surgery
-from increlora.errors import UserError
+from increlora.errors import UserError, check_numbers
 
 
 @dataclass
@@ -66,6 +66,9 @@ class Method:
     matrices: list[str] | None = None
     seed: int = 0
     allocations: list[Allocation] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "method")
 
     def prepare(self, model: nn.Module, total_steps: int) -> None:
         """Inject the method into `model` in place and set `requires_grad`; call once, before the optimizer.
@@ -178,6 +181,8 @@ class Method:
 
     def adapted_matrices(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers to adapt, by name, in model order."""
+        if not isinstance(self.kinds, Mapping):
+            raise UserError(f"kinds must map names to regular expressions over module names, it is {self.kinds!r}")
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:

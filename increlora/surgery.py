@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from increlora.errors import UserError
+from increlora.linear import IncrementalLinear
 from increlora.matrices import kind_of
 
 
@@ -18,16 +19,44 @@ def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Li
             `{"query": r".*\\.attention\\.self\\.query_proj"}`.
 
     Raises:
-        UserError: a kind matches no linear layer; the message lists what there is.
+        UserError: a kind matches no linear layer (the message lists what there is), or one that cannot be adapted:
+            its weight is read by others directly or is tied, or the model has been prepared already.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for kind, pattern in kinds.items():
         if not any(re.fullmatch(pattern, name) for name in linears):
             raise UserError(
                 f"no linear layer matches matrix kind '{kind}' ({pattern!r}); the model has: "
-                f"{', '.join(_shapes_of_names(linears)) or 'none'}. Set backbone.kinds.{kind}."
+                f"{', '.join(_shapes_of_names(linears)) or 'none'}. An expression must match the whole name (kinds; "
+                f"in a configuration backbone.kinds.{kind})."
             )
-    return {name: module for name, module in linears.items() if kind_of(name, kinds) is not None}
+    found = {name: module for name, module in linears.items() if kind_of(name, kinds) is not None}
+    _refuse_what_cannot_be_adapted(model, found)
+    return found
+
+
+# their own code reads `weight` of the layers in them, by which an update beside it is passed over
+READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def _refuse_what_cannot_be_adapted(model: nn.Module, found: Mapping[str, nn.Linear]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, linear in found.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, IncrementalLinear):
+            raise UserError(f"{name} has an update already: prepare a fresh model, or merge the first one before")
+        if isinstance(parent, READ_WEIGHTS):
+            raise UserError(
+                f"{name} lies in torch's {type(parent).__name__}, which computes with its weight and would pass an "
+                "update by; choose other layers (kinds), or a model that calls its layers"
+            )
+        if len(names := owners[id(linear.weight)]) > 1:
+            raise UserError(
+                f"the weight of {name} is tied ({', '.join(names)}): an update would not reach all of them, and "
+                "merging it would; choose other layers (kinds)"
+            )
 
 
 def kinds_of_layers(model: nn.Module, head: str | None = None) -> dict[str, str]:

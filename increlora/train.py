@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from increlora import checkpoint, distributed
 from increlora.batching import collate, epoch_batches, evaluation_batches
 from increlora.checkpoint import Checkpoints
-from increlora.errors import Interrupted, UserError
+from increlora.errors import Interrupted, UserError, check_numbers
 from increlora.method import Method
 from increlora.schedule import multiplier
 from increlora.signals import StopRequest
@@ -74,10 +75,15 @@ class Settings:
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
             raise UserError(f"precision must be one of {', '.join(AUTOCAST)}, it is '{self.precision}'")
+        check_numbers(self, "train")
         positive = ("epochs", "batch_size", "eval_batch_size", "accumulation", "eval_interval", "log_interval")
-        for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"train.{name} must be above 0, it is {getattr(self, name)}")
+        for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped", "learning_rate", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"train.{name} must be above 0, it is {value}")
+        for name in ("weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} must not be negative, it is {getattr(self, name)}")
         if self.batch_size % (self.accumulation * distributed.processes()):
             raise UserError(
                 f"train.accumulation ({self.accumulation}) times the processes ({distributed.processes()}) "
@@ -97,10 +103,9 @@ class Settings:
             return torch.device("cpu")
         if self.device in ("auto", "cuda") and torch.cuda.is_available():
             return torch.device("cuda", distributed.local_rank())
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise UserError(f"device must be auto, cpu, cuda or cuda:<n>, it is '{self.device}'") from None
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"device must be auto, cpu, cuda or cuda:<n>, it is '{self.device}'")
+        device = torch.device(self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(
                 f"device={self.device} was asked for, but this machine has {torch.cuda.device_count()} GPUs. "
@@ -111,7 +116,7 @@ class Settings:
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of a run on this many training examples."""
         steps = math.ceil(self.epochs * math.ceil(examples / self.batch_size))
-        return min(steps, self.max_steps) if self.max_steps else steps
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 @dataclass
@@ -308,6 +313,8 @@ class Training:
                 # several processes must agree, and do so in the next step
                 if report.stop or (request.signal and distributed.processes() == 1):
                     self._interrupt(request.signal or signal.SIGTERM)
+        if progress.step < self.total_steps and not (progress.curve and progress.curve[-1].step == progress.step):
+            self._evaluate()  # diverged: the steps left out changed nothing, so there is a model with a score
         return self._outcome()
 
     def _step(self, indices: list[int], stop: bool) -> StepReport:

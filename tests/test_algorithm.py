@@ -50,6 +50,28 @@ def test_ranks_end_exactly_at_the_budget_and_allocations_tell_how(tiny_deberta):
     assert dict(added) == method.ranks()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"interval": 0}, "method.interval must be at least 1, it is 0"),
+        ({"top_h": 0}, "method.top_h must be at least 1, it is 0"),
+        ({"rank_step": 0}, "method.rank_step must be at least 1, it is 0"),
+        ({"target_rank": 1.5}, "method.target_rank must be a whole number, it is 1.5"),
+        ({"top_h": "many"}, "method.top_h must be a whole number or null, it is 'many'"),
+        ({"orth_weight": "abc"}, "method.orth_weight must be a number, it is 'abc'"),
+        ({"alpha": float("inf")}, "method.alpha must be a number, it is inf"),
+        ({"advance_learning": "flase"}, "method.advance_learning must be true or false, it is 'flase'"),
+        ({"scoring_window": 0.5}, "method.scoring_window must be a whole number or a word, it is 0.5"),
+        ({"scoring_window": "some"}, "method.scoring_window must be auto, all or a number above 0"),
+        ({"orth_weight": -0.1}, "method.orth_weight must not be negative, it is -0.1"),
+    ],
+)
+def test_impossible_values_are_refused(tiny_deberta, changes, said):
+    with pytest.raises(UserError) as error:
+        increlora(**({"top_h": None} | changes)).prepare(tiny_deberta, STEPS)
+    assert said in str(error.value)
+
+
 def test_groups_are_born_the_step_after_and_no_parameter_is_in_two(tiny_deberta):
     optimizer = run(tiny_deberta, increlora())
     assert [group["born"] for group in optimizer.param_groups] == [0, 0, 1, 11, 16, 21]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from increlora.allocator import Allocator, smallest_top_h
+from increlora.allocator import Allocator
 from increlora.errors import UserError
 
 
@@ -99,4 +99,4 @@ def test_a_last_growth_after_the_last_step_is_refused():
 
 def test_the_default_top_h_ends_growth_in_the_first_half():
     # 1000 steps, interval 100: growths at 200, 300, 400, 500 -> 18 matrices each
-    assert smallest_top_h(72, 1, 100, 100, 1000) == 18
+    assert allocator(matrices=72, target_rank=2, rank_step=1, interval=100, init_warmup=100).smallest_top_h(1000) == 18

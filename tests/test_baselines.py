@@ -195,6 +195,7 @@ def test_adalora_derives_its_schedule_near_the_published_shares():
         ({"interval": 0}, "interval 0 and final_steps at least 1"),
         ({"init_rank": 2}, "method.init_rank 2 must be above method.target_rank 2"),
         ({"target_rank": 0, "init_rank": 1}, "must be at least 1"),
+        ({"alpha": "abc"}, "method.alpha must be a number, it is 'abc'"),
         ({"beta1": 1.0}, "method.beta1"),
         ({"dropout": 1.0}, "method.dropout"),
         ({"orth_weight": -1}, "method.orth_weight"),

@@ -184,7 +184,15 @@ def test_a_model_that_stays_non_finite_ends_as_diverged(tiny_deberta, tmp_path):
     poisoned = Poison(tiny_deberta, set(range(10, 1000)))
     outcome, _ = run(poisoned, increlora(kinds=kinds), tmp_path, settings(max_skipped=6))
     assert outcome.status == "diverged" and outcome.skipped_steps == 6 and outcome.cost["steps"] == 10
-    assert [e.step for e in outcome.curve] == [7]
+    assert [e.step for e in outcome.curve] == [7, 10]  # where it stayed has a score too
+
+
+def test_a_run_that_diverges_at_once_has_the_score_of_its_start(tiny_deberta, tmp_path):
+    kinds = {name: f"model\\.{pattern}" for name, pattern in TINY_KINDS.items()}
+    poisoned = Poison(tiny_deberta, set(range(1000)))
+    outcome, _ = run(poisoned, increlora(kinds=kinds), tmp_path, settings(max_skipped=6))
+    assert outcome.status == "diverged" and [e.step for e in outcome.curve] == [0]
+    assert 0 <= outcome.curve[0].scores["dev"]["accuracy"] <= 1
 
 
 def test_bf16_autocast_trains_and_reaches_the_budget(tiny_deberta, tmp_path):
@@ -206,6 +214,18 @@ def test_a_holdout_split_is_evaluated_beside_dev(tiny_deberta, tmp_path):
         ({"accumulation": 3}, "must divide train.batch_size"),
         ({"epochs": 0}, "train.epochs must be above 0"),
         ({"device": "quantum"}, "device must be auto, cpu"),
+        ({"device": "mps"}, "device must be auto, cpu"),
+        ({"learning_rate": -1.0}, "train.learning_rate must be above 0, it is -1.0"),
+        ({"learning_rate": math.nan}, "train.learning_rate must be a number, it is nan"),
+        ({"learning_rate": "abc"}, "train.learning_rate must be a number, it is 'abc'"),
+        ({"batch_size": "abc"}, "train.batch_size must be a whole number, it is 'abc'"),
+        ({"accumulation": 2.0}, "train.accumulation must be a whole number, it is 2.0"),
+        ({"max_steps": -3}, "train.max_steps must be above 0, it is -3"),
+        ({"max_steps": 0}, "train.max_steps must be above 0, it is 0"),
+        ({"max_steps": "all"}, "train.max_steps must be a whole number or null, it is 'all'"),
+        ({"weight_decay": -1}, "train.weight_decay must not be negative, it is -1"),
+        ({"warmup_steps": -1}, "train.warmup_steps must not be negative, it is -1"),
+        ({"progress": "no"}, "train.progress must be true or false, it is 'no'"),
     ],
 )
 def test_impossible_settings_are_refused(changes, said):
