@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from increlora.algorithm import IncreLoRA as IncreLoRA
     from increlora.errors import UserError as UserError
+    from increlora.export import save_peft_adapter as save_peft_adapter
     from increlora.growth import Growth as Growth
     from increlora.schedule import multiplier as multiplier
     from increlora.trainer import IncreLoRACallback as IncreLoRACallback
@@ -15,12 +16,13 @@ HOMES = {
     "IncreLoRACallback": "increlora.trainer",
     "UserError": "increlora.errors",
     "multiplier": "increlora.schedule",
+    "save_peft_adapter": "increlora.export",
 }
 __all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import increlora` costs nothing and only the Trainer's part needs transformers."""
+    """Import on first use: `import increlora` costs nothing, only the parts for Trainer and PEFT need transformers."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -8,8 +8,6 @@ that size are no more exact: the trained model itself differs by as much from on
 """
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 from increlora import config, export, trained
 from increlora.errors import UserError
-from increlora.files import writing
 from increlora.streams import stream
 from increlora.tasks import zip_columns
 from increlora.trained import Trained
@@ -34,13 +31,8 @@ def main() -> None:
         raise UserError(f"{output} is there already; remove it, or choose another folder with --output DIR")
     quiet()
     run = trained.load(arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"])
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as temporary:
-            folder = Path(temporary) / "export"
-            folder.mkdir()
-            difference, largest = write_and_compare(run, folder, arguments.format, arguments.base)
-            os.replace(folder, output)
+    with export.whole(output) as folder:
+        difference, largest = write_and_compare(run, folder, arguments.format, arguments.base)
     print(f"{output}: read back, its logits differ by at most {difference:.1e} (largest logit {largest:.2f})")
 
 

@@ -356,7 +356,9 @@ def test_directories_that_are_no_finished_run(lora_run, tmp_path):
     (copied(lora_run, tmp_path / "b") / "best.safetensors").write_bytes(b"cut")
     assert "truncated or not a checkpoint" in message(tmp_path / "b")
     other = {**result["config"], "seed": 42}
-    assert "another run than result.json: it differs in seed" in message(copied(lora_run, tmp_path / "c", config=other))
+    assert "another run than result.json: it differs in config.seed" in message(
+        copied(lora_run, tmp_path / "c", config=other)
+    )
     ranks = {"best": dict.fromkeys(result["ranks"]["best"], 7)}
     assert "are not those in result.json" in message(copied(lora_run, tmp_path / "d", ranks=ranks))
     assert "'method.alpha=64': of a run that is over, only backbone.path" in message(lora_run, "method.alpha=64")

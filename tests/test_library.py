@@ -14,12 +14,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, tiny_batches
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import increlora
-from increlora import Growth, IncreLoRA, UserError, multiplier
+from baselines.adalora import AdaLoRA
+from baselines.controls import RandomGrowth
+from baselines.lora import LoRA
+from increlora import Growth, IncreLoRA, UserError, multiplier, save_peft_adapter
 from increlora.linear import IncrementalLinear
+from increlora.method import Method
 from increlora.train import Settings, make_optimizer, set_learning_rates, take_step
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -189,6 +194,33 @@ def test_models_that_fit_no_pattern_are_refused_with_what_to_say(llama):
     flat = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(UserError, match=re.escape("no nn.Linear in numbered layers, it has: N. Say which")):
         IncreLoRA(head=None).prepare(flat, STEPS)
+    with pytest.raises(UserError, match="An expression must match the whole name"):
+        decoder(kinds={"q": "q_proj"}).prepare(llama, STEPS)
+    with pytest.raises(UserError, match="kinds must map names to regular expressions"):
+        decoder(kinds=["q_proj"]).prepare(llama, STEPS)
+
+
+def test_layers_on_which_an_update_would_not_act_are_refused(llama):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    for kinds, owner in (({}, "MultiheadAttention"), ({"first": r".*\.linear1"}, "TransformerEncoderLayer")):
+        with pytest.raises(UserError, match=f"lies in torch's {owner}, which computes with its weight"):
+            decoder(kinds=kinds).prepare(encoder, STEPS)
+    llama.lm_head.weight = llama.model.embed_tokens.weight
+    with pytest.raises(UserError, match=r"tied \(model.embed_tokens.weight, lm_head.weight\)"):
+        decoder(kinds={"lm": "lm_head"}).prepare(llama, STEPS)
+    decoder().prepare(llama, STEPS)
+    with pytest.raises(UserError, match="has an update already: prepare a fresh model"):
+        decoder().prepare(llama, STEPS)
+
+
+def test_steps_that_do_not_fit_are_refused(llama):
+    with pytest.raises(UserError, match=r"the run has -1 steps.*where a Trainer counts epochs"):
+        decoder().prepare(llama, -1)
+    method = decoder()
+    method.prepare(llama, STEPS)
+    optimizer = torch.optim.AdamW(method.param_groups(llama))
+    with pytest.raises(UserError, match="ranks change until step 16, after the last of 16 steps"):
+        Growth(method, llama, optimizer, 16, WARMUP)
 
 
 # any loop
@@ -395,3 +427,169 @@ def test_the_trainer_example_goes_on_after_a_kill_and_leaves_a_plain_model(tmp_p
     again = run_example("train_with_trainer.py", tmp_path, monkeypatch, capsys).splitlines()
     assert again[-2:] == whole[-2:] and "total rank 48" in whole[-2] and "a plain BERT" in whole[-1]
     assert len(again) < len(whole)
+
+
+# a PEFT adapter
+
+
+@pytest.fixture
+def bert():
+    """A two-layer BERT classifier in float64, with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).double()
+
+
+def learned(model, method, until: int = STEPS) -> Growth:
+    """Language modelling or classification, up to this step; the model is left in evaluation mode."""
+    growth = growing(model, method)
+    model.train()
+    for batch in tiny_batches(until):
+        labels = batch["labels"] if hasattr(model, "classifier") else batch["input_ids"]
+        growth.begin_step()
+        model(**batch | {"labels": labels}).loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        growth.before_step()
+        growth.optimizer.step()
+        growth.after_step()
+        growth.optimizer.zero_grad()
+    model.eval()
+    return growth
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(rows(1)[0]).logits
+
+
+HEAD, GROWS = r".*(pooler|classifier)\..*", dict(target_rank=2, top_h=5, interval=4, init_warmup=4)
+ADAPTERS = {  # case -> the model's fixture, method, its options, step to stop at, task type
+    "llama": ("llama", IncreLoRA, GROWS | {"head": None}, STEPS, "CAUSAL_LM"),
+    "llama-whose-reserve-learns": ("llama", IncreLoRA, GROWS | {"head": None}, 10, None),
+    "llama-random-growth": ("llama", RandomGrowth, GROWS | {"head": None}, STEPS, None),
+    "llama-lora": ("llama", LoRA, {"head": None}, STEPS, None),
+    "llama-adalora": ("llama", AdaLoRA, {"head": r"lm_head\..*"}, STEPS, "CAUSAL_LM"),
+    "bert": ("bert", IncreLoRA, GROWS | {"head": HEAD}, STEPS, "SEQ_CLS"),
+    "bert-of-no-task-type": ("bert", IncreLoRA, GROWS | {"head": HEAD}, 10, None),
+    "bert-with-a-frozen-classifier": ("bert", IncreLoRA, GROWS | {"head": None}, STEPS, "SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_on_a_fresh_base_model_gives_the_same_logits(case, request, tmp_path):
+    from peft import PeftModel
+
+    fixture, kind, options, until, task_type = ADAPTERS[case]
+    model, method = request.getfixturevalue(fixture), kind(**options)
+    base = copy.deepcopy(model)
+    growth = learned(model, method, until)
+    expected = logits(model)
+    assert not torch.allclose(logits(base), expected, atol=1e-3)
+    save_peft_adapter(method, model, tmp_path / "new" / "adapter", base_model="some/base", task_type=task_type)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+    written = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "some/base" and written["task_type"] == task_type
+    assert written["rank_pattern"] == {name: len(A) for name, (A, _) in method.factors().items()}
+    loaded = PeftModel.from_pretrained(base, tmp_path / "new" / "adapter")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-9)
+    plain = loaded.merge_and_unload()
+    assert type(plain) is type(model) and not any("lora" in name for name in plain.state_dict())
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-9)
+
+    growth.merge()
+    save_peft_adapter(method, model, tmp_path / "merged", base_model="some/base", task_type=task_type)
+    first, second = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("new/adapter", "merged"))
+    assert set(first) == set(second) and all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_an_adapter_is_called_after_the_folder_that_the_model_came_from(llama, tmp_path):
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM
+
+    llama.float().save_pretrained(tmp_path / "base")
+    llama = type(llama).from_pretrained(tmp_path / "base")
+    method = decoder()
+    learned(llama, method, 6)
+    for task_type, auto in ((None, AutoPeftModel), ("CAUSAL_LM", AutoPeftModelForCausalLM)):
+        save_peft_adapter(method, llama, str(tmp_path / auto.__name__), task_type=task_type)
+        loaded = auto.from_pretrained(tmp_path / auto.__name__)
+        torch.testing.assert_close(logits(loaded), logits(llama), rtol=0, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """A matrix whose name is the end of another's, and a head with buffers and a tied parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+        self.more = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+        self.classifier = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+        self.classifier[2].weight = self.classifier[1].weight
+
+    def forward(self, x):
+        return self.classifier(self.more["layers"][0](self.layers[0](x)))
+
+
+def test_names_that_end_alike_and_a_head_with_buffers(tmp_path):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(8, 4)
+    base = copy.deepcopy(model)
+    kinds = {"layer": r".*layers\.0"}
+    method = IncreLoRA(kinds=kinds, target_rank=2, top_h=1, interval=2, init_warmup=1, head=r"classifier\..*")
+    growth = growing(model, method)
+    while growth.step < 3:
+        growth.begin_step()
+        model(x).square().sum().backward()
+        growth.before_step()
+        growth.optimizer.step()
+        growth.after_step()
+        growth.optimizer.zero_grad()
+    assert list(method.ranks().values()) in ([1, 2], [2, 1])
+    save_peft_adapter(method, model, tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x), rtol=0, atol=1e-6)
+
+
+def test_adapters_that_cannot_be_written_leave_nothing(llama, bert, tmp_path):
+    def message(method, model, folder=tmp_path / "new" / "adapter", **names):
+        with pytest.raises(UserError) as error:
+            save_peft_adapter(method, model, folder, **names)
+        assert len(str(error.value).splitlines()) <= 2 and not (tmp_path / "new").exists()
+        return str(error.value)
+
+    def prepared(model, **changes):
+        model, method = copy.deepcopy(model), decoder(**changes)
+        method.prepare(model, STEPS)
+        return method, model
+
+    method, model = prepared(llama)
+    (tmp_path / "file").write_text("x")
+    assert "is there already" in message(method, model, tmp_path)
+    assert "is there already" in message(method, model, tmp_path / "file")
+    assert "cannot write" in message(method, model, tmp_path / "file" / "adapter")
+    assert "task_type 'LM' is none of PEFT's: SEQ_CLS, " in message(method, model, task_type="LM")
+    assert "the model lacks 14 of the method's 14 matrices" in message(method, Wrapper(model))
+    assert "full trains no low-rank factors" in message(Method(), model)
+    assert "bert.pooler.dense.bias is trained" in message(*prepared(bert, head=r".*pooler\.dense\.bias"))
+    inside = prepared(bert, head=HEAD, kinds={"dense": r".*\.dense"})
+    assert "bert.pooler.dense has an update, and PEFT would take it for a part of the head, " in message(*inside)
+    llama.config.tie_word_embeddings = True
+    tied = prepared(type(llama)(llama.config), head=r".*embed_tokens\..*")
+    assert "lm_head.weight is trained, or tied to what is" in message(*tied)
+
+
+def test_writing_an_adapter_needs_neither_hydra_nor_datasets():
+    code = """
+import sys
+from increlora import save_peft_adapter
+assert not {"hydra", "omegaconf", "wandb", "datasets"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
