@@ -10,6 +10,7 @@ chunk, so a file may be larger than the memory.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -78,9 +79,20 @@ def reading(file: str) -> Iterator[tuple[BinaryIO, str]]:
         yield stream, file
 
 
+def numbered(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Number and text of every line but an empty last one; only an empty line waits for the one after it."""
+    empty = None
+    for number, line in decoded(lines, name):
+        if empty:
+            yield empty
+        empty = None if line.strip(" ") else (number, line)
+        if not empty:
+            yield number, line
+
+
 def tsv_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[str, ...]]:
     """The texts of every row below the header, whose columns may also be called as in the public GLUE files."""
-    rows = ((number, line.split("\t")) for number, line in decoded(lines, name))
+    rows = ((number, line.split("\t")) for number, line in numbered(lines, name))
     _, header = next(rows, (1, []))
     places = [place_of(field, task, header, name) for field in task.fields]
     for number, row in rows:
@@ -99,7 +111,7 @@ def place_of(field: str, task: Task, header: list[str], name: str) -> int:
 
 def json_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[str, ...]]:
     """The texts of every line, an object with the task's fields."""
-    for number, line in decoded(lines, name):
+    for number, line in numbered(lines, name):
         where = f"{name}, line {number}"
         try:
             row = json.loads(line)
@@ -141,8 +153,10 @@ def destination(output: Path | None) -> Iterator[TextIO]:
 
 def write_tsv(chunks: Iterable[Tensor], labels: list[str] | None, out: TextIO) -> None:
     """A header, then per row the label and the probability of every label; in regression the value."""
+    chunks = iter(chunks)
+    first = list(itertools.islice(chunks, 1))  # bad columns end it here, before anything is written
     print("prediction", *(labels or []), sep="\t", file=out)
-    for logits in chunks:
+    for logits in itertools.chain(first, chunks):
         for prediction, probabilities in rows_of(logits, labels):
             print(prediction, *(f"{p:.6f}" for p in probabilities), sep="\t", file=out)
         out.flush()

@@ -34,7 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -46,6 +48,10 @@ RUN = Path(__file__).resolve().parent.parent / "run.py"
 SWEEPS = config.CONFIGS / "sweep"
 TRIES = 2
 SHOWN = 12  # rows of the live table
+REFUSED = {
+    "overwrite": "a sweep does not run again what is finished; delete the directories of the runs that it shall repeat",
+    "run_dir": "every run of a sweep has a directory of its own; start the sweep in the folder where they shall lie",
+}
 
 
 @dataclass
@@ -87,10 +93,16 @@ def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Map
         sweep: content of a sweep file.
         chosen: override -> the values to keep.
         extra: overrides of every run.
+
+    Raises:
+        UserError: an override that no run of a sweep can have (`REFUSED`).
     """
     runs: dict[str, Run] = {}
 
     def add(settings: dict[str, Any]) -> Run:
+        for name, value in settings.items():
+            if reason := REFUSED.get(str(name).lstrip("+~")):
+                raise UserError(f"{name}={value}: {reason}")
         key = json.dumps(settings, sort_keys=True)
         if key not in runs:
             needs = [add(other) for value in settings.values() for other in needed(settings, value)]
@@ -355,10 +367,47 @@ def read_sweep(name: str) -> dict[str, Any]:
     if not path.exists():
         there = ", ".join(sorted(other.stem for other in SWEEPS.glob("*.yaml")))
         raise UserError(f"there is no sweep '{name}'; there is: {there}")
-    sweep = OmegaConf.to_container(OmegaConf.load(path))
-    if not {"about", "runs"} <= set(sweep) <= {"about", "common", "where", "runs"}:
-        raise UserError(f"{path} has {', '.join(sweep)}; a sweep has about, runs and perhaps common and where")
+    try:
+        sweep = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sweep, dict) or not {"about", "runs"} <= set(sweep) <= {"about", "common", "where", "runs"}:
+        has = ", ".join(map(str, sweep))
+        raise UserError(f"{path} has {has}; a sweep has about, runs and perhaps common and where")
+    check(sweep, path)
     return sweep
+
+
+def check(sweep: Mapping[str, Any], path: Path) -> None:
+    """Whether the parts of a sweep are what `expand` takes them for.
+
+    Raises:
+        UserError: one is not, with the file.
+    """
+    blocks, common, conditions = sweep["runs"], sweep.get("common", {}), sweep.get("where", {})
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise UserError(f"{path}: runs is not a list of blocks of override: value, e.g. `- {{task: rte, seed: [1]}}`")
+    parts = {"common": common, "where": conditions}
+    if isinstance(conditions, dict):
+        parts |= {f"where {condition}": overrides for condition, overrides in conditions.items()}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: {name} is not a mapping of override: value, e.g. `{{budget: r2}}`")
+    for part in (common, *conditions.values(), *blocks):
+        for key, listed in part.items():
+            for value in listed if isinstance(listed, list) else [listed]:
+                if isinstance(value, dict) and not dependent(value):
+                    raise UserError(
+                        f"{path}, {key}: a value that depends on other runs is {{best_of: [VALUES], split: SPLIT, "
+                        f"seed: K}} or {{run_with: {{OVERRIDE: VALUE}}}}, not {value}"
+                    )
+
+
+def dependent(value: Mapping[str, Any]) -> bool:
+    """Whether a value says which other runs it depends on."""
+    if set(value) == {"best_of", "split", "seed"}:
+        return isinstance(value["best_of"], list) and bool(value["best_of"])
+    return set(value) == {"run_with"} and isinstance(value["run_with"], dict)
 
 
 def parted(sweep: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -395,6 +444,10 @@ def main() -> int:
     parser.add_argument("--known", type=Path, help="results/runs: what is finished there is not run again either")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and the time they take, start none")
     arguments = parser.parse_args()
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: at least one run must go at a time; leave it out for one per GPU")
+    if arguments.known and not arguments.known.is_dir():
+        raise UserError(f"--known {arguments.known}: no such folder; give one of results, as results/runs is")
     sweep = read_sweep(arguments.name)
     runs = expand(sweep, *parted(sweep, arguments.overrides))
     jobs = arguments.jobs or max(1, len(gpus()))

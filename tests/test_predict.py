@@ -160,7 +160,10 @@ BAD = {
     "an empty file": ("in.tsv", "", "in.tsv, line 1: no column premise; the header has nothing"),
     "an empty text": ("in.tsv", tsv(GOOD, GOOD, ("", "b")), "in.tsv, line 4: an empty text"),
     "not JSON": ("in.jsonl", jsonl(GOOD) + "{premise: 1}\n", "in.jsonl, line 2: not JSON"),
-    "an empty line": ("in.jsonl", jsonl(GOOD) + "\n", "in.jsonl, line 2: not JSON"),
+    "an empty line": ("in.jsonl", jsonl(GOOD) + "\n" + jsonl(GOOD), "in.jsonl, line 2: not JSON"),
+    "two empty lines": ("in.jsonl", jsonl(GOOD) + "\n\n", "in.jsonl, line 2: not JSON"),
+    "an empty row": ("in.tsv", tsv(GOOD) + "\n" + "a\tb\n", "in.tsv, line 3: 1 fields, the header has 2"),
+    "a last row of empty texts": ("in.tsv", tsv(GOOD, ("", "")), "in.tsv, line 3: an empty text"),
     "a list": ("in.jsonl", '["a", "b"]\n', "in.jsonl, line 1: no field 'premise'"),
     "no such field": ("in.jsonl", '{"premise": "a"}\n', "in.jsonl, line 1: no field 'hypothesis'"),
     "a number": ("in.jsonl", '{"premise": "a", "hypothesis": 3}\n', "line 1: 'hypothesis' is not a text but 3"),
@@ -178,6 +181,35 @@ def test_bad_rows_are_named_and_leave_what_was_there(run_dir, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") <= 2
     assert (tmp_path / "out").read_text() == "before" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("last", ["\n", "\r\n", "  ", " \n"], ids=repr)
+@pytest.mark.parametrize("kind", ["tsv", "jsonl"])
+def test_an_empty_last_line_is_no_row(run_dir, tmp_path, monkeypatch, kind, last):
+    content = {"tsv": tsv, "jsonl": jsonl}[kind](GOOD, GOOD)
+    (tmp_path / "in").write_bytes((content + last).encode())
+    out = tmp_path / "out"
+    with (tmp_path / "in").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for source in (tmp_path / "in", "-"):
+            assert call(script, monkeypatch, run_dir, source, "--format", kind, "--output", out) == 0
+            assert len(out.read_text().splitlines()) == 2 + (kind == "tsv")
+            out.unlink()
+
+
+@pytest.mark.parametrize("wrong", [(), ("--batch-size", 0)], ids=["columns", "batch size"])
+def test_nothing_is_written_before_the_input_is_checked(run_dir, tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    (tmp_path / "in.tsv").write_text(tsv(GOOD, header=("premise", "hypothesis" if wrong else "b")))
+    assert call(script, monkeypatch, run_dir, tmp_path / "in.tsv", *wrong) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and ("batch size" if wrong else "line 1: no column hypothesis; the header has") in said.err
+
+
+def test_a_header_alone_gives_a_header(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "in.tsv").write_text(tsv())
+    assert call(script, monkeypatch, run_dir, tmp_path / "in.tsv", "--output", tmp_path / "out") == 0
+    assert (tmp_path / "out").read_text().splitlines() == ["\t".join(["prediction", *LABELS])]
 
 
 def test_wrong_arguments(run_dir, tmp_path, monkeypatch, capsys):

@@ -132,6 +132,65 @@ def test_bad_sweeps(tmp_path):
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") <= 2
 
 
+BLOCKS = "a list of blocks of override"
+DEPENDS = "a value that depends on other runs is"
+BAD = {
+    "broken YAML": ("about: x\nruns: [{task: rte}\n", "cannot be read as YAML: while parsing a flow sequence"),
+    "not UTF-8": (b"about: \xff\nruns: []\n", "cannot be read as YAML: 'utf-8' codec"),
+    "a list": ("- about: x\n- runs: []\n", "a sweep has about, runs"),
+    "a number": ("3\n", "cannot be read as YAML: Invalid loaded object type"),
+    "runs of words": ("about: x\nruns: [task=rte]\n", BLOCKS),
+    "runs as one block": ("about: x\nruns: {task: rte}\n", BLOCKS),
+    "no runs": ("about: x\nruns:\n", BLOCKS),
+    "common as a list": ("about: x\ncommon: [budget=r2]\nruns: []\n", "common is not a mapping of override"),
+    "where as a list": ("about: x\nwhere: [task=rte]\nruns: []\n", "where is not a mapping of override"),
+    "where without overrides": ("about: x\nwhere: {task=rte: 3}\nruns: []\n", "where task=rte is not a mapping"),
+    "best_of without seed": ("about: x\nruns: [{a: {best_of: [1, 2], split: dev}}]\n", f"a: {DEPENDS}"),
+    "best_of without split": ("about: x\nruns: [{a: [1, {best_of: [1, 2], seed: 1}]}]\n", f"a: {DEPENDS}"),
+    "best_of one value": ("about: x\ncommon: {a: {best_of: 1, split: dev, seed: 1}}\nruns: []\n", f"a: {DEPENDS}"),
+    "best_of nothing": ("about: x\ncommon: {a: {best_of: [], split: dev, seed: 1}}\nruns: []\n", f"a: {DEPENDS}"),
+    "run_with words": ("about: x\nwhere: {b=1: {a: {run_with: method=lora}}}\nruns: []\n", f"a: {DEPENDS}"),
+    "neither of them": ("about: x\nruns: [{a: {best: [1, 2]}}]\n", f"a: {DEPENDS}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "said"), BAD.values(), ids=BAD)
+def test_a_bad_file_is_named(tmp_path, content, said):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as raised:
+        sweep.read_sweep(str(path))
+    message = str(raised.value)
+    assert message.startswith(str(path)) and said in message and "\n" not in message
+
+
+REFUSED = {
+    "--jobs 0": "at least one run",
+    "--jobs -1": "at least one run",
+    "--known nix": "no such folder",
+    "overwrite=true": "a sweep does not run again what is finished; delete",
+    "++overwrite=true": "a sweep does not run again what is finished; delete",
+    "run_dir=here": "every run of a sweep has a directory of its own; start",
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), REFUSED.items(), ids=REFUSED)
+def test_what_a_sweep_cannot_do_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    path = write_sweep(tmp_path, [{"seed": 1}])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path), *arguments.split(), "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        sweep.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {arguments}: {said}") and error.count("\n") <= 2
+
+
+def test_what_a_sweep_cannot_do_is_refused_in_its_file_too():
+    for block in ({"common": {"overwrite": True}, "runs": [{"seed": 1}]}, {"runs": [{"run_dir": "here"}]}):
+        with pytest.raises(UserError, match=r"^(overwrite=True|run_dir=here): "):
+            sweep.expand(block, {}, {})
+
+
 # real runs
 
 SMALL = {
