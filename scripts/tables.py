@@ -218,7 +218,7 @@ def _glue_cells(cells: Mapping[str, str], values: Mapping[str, float]) -> list[s
 def _glue_scores(runs: Sequence[Run], protocol: str) -> dict[str, list[float]]:
     """Column of the GLUE table -> our scores over seeds, each metric at the checkpoint that the protocol chose."""
     scores: dict[str, list[float]] = {}
-    for run in runs:
+    for run in one_per_seed(runs):
         if protocol in run["scores"]:
             for column, value in _columns(run["run"]["task"], run["scores"][protocol]["metrics"]).items():
                 scores.setdefault(column, []).append(100 * value)
@@ -235,22 +235,34 @@ def _columns(task: str, metrics: Mapping[str, Mapping[str, float]]) -> dict[str,
     return {task: metrics["dev"]["score"]} if task in GLUE else {}
 
 
+def one_per_seed(runs: Iterable[Run]) -> list[Run]:
+    """The same runs, by task and seed.
+
+    Raises:
+        UserError: two of one method, task and seed.
+    """
+    by_task: dict[str, list[Run]] = {}
+    for run in runs:
+        by_task.setdefault(run["run"]["task"], []).append(run)
+    return [run for found in by_task.values() for seeds in figures.by_method(found).values() for run in seeds.values()]
+
+
 def ablation(runs: Sequence[Run]) -> Table:
-    """IncreLoRA as it is and without parts of it, by backbone and task."""
+    """IncreLoRA as it is and without parts of it, by backbone, budget and task."""
+    cells: dict[tuple[str, ...], dict[str | None, list[Run]]] = {}
+    for run in runs:
+        name = figures.experiment(run)
+        if run["run"]["method"] == "increlora" and is_published(run, name) and name in (None, *ABLATION):
+            cell = tuple(run["run"][key] for key in ("backbone", "budget", "task"))
+            cells.setdefault(cell, {}).setdefault(name, []).append(run)
     rows = []
-    cells = sorted({(r["run"]["backbone"], r["run"]["task"]) for r in runs if figures.experiment(r) in ABLATION})
-    for backbone, task in cells:
-        for name in (None, *ABLATION):
-            seeds = {
-                r["run"]["seed"]: r
-                for r in runs
-                if (r["run"]["backbone"], r["run"]["task"], figures.experiment(r)) == (backbone, task, name)
-                and r["run"]["method"] == "increlora"
-            }
+    for (backbone, budget, task), variants in sorted(cells.items()):
+        for name in (None, *ABLATION) if set(variants) - {None} else ():
+            seeds = {run["run"]["seed"]: run for run in one_per_seed(variants.get(name, []))}
             scores = [spread(figures.scores(seeds, protocol).values()) for protocol in PROTOCOLS]
-            rows.append([backbone, TASKS[task], name or "IncreLoRA", *scores])
+            rows.append([backbone, budget, TASKS[task], name or "IncreLoRA", *scores])
     caption = "Ablation (paper, Table 2): mean ± SD over seeds (number of seeds), per cent."
-    return Table(caption, ["backbone", "task", "variant", *PROTOCOLS], rows)
+    return Table(caption, ["backbone", "budget", "task", "variant", *PROTOCOLS], rows)
 
 
 # the first runs
@@ -288,8 +300,9 @@ def built() -> dict[str, Table]:
     runs = results.load_runs(ROOT / "results" / "runs")
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         published = list(csv.DictReader(file))
-    found = {"glue_deberta_v3_base": glue([r for r in runs if _is_table1(r)], published)}
-    ablated = ablation([r for r in runs if r["run"]["method"] == "increlora"])
+    ours = [r for r in runs if r["run"]["backbone"] == "deberta_v3_base" and is_published(r)]
+    found = {"glue_deberta_v3_base": glue(ours, published)}
+    ablated = ablation(runs)
     if ablated.rows:
         found["ablation"] = ablated
     of_study = runs_of("minilm_study")
@@ -301,8 +314,9 @@ def built() -> dict[str, Table]:
     return found
 
 
-def _is_table1(run: Run) -> bool:
-    return run["run"]["backbone"] == "deberta_v3_base" and figures.experiment(run) is None
+def is_published(run: Run, experiment: str | None = None) -> bool:
+    """Whether a run has the settings of its recipe, of which an experiment changes what it says, and no others."""
+    return all(o.startswith("precision=") or o == f"experiment={experiment}" for o in run["run"]["overrides"])
 
 
 def tables() -> dict[Path, str]:

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from increlora import figures, results
+from increlora.errors import UserError
 
 spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
 tables = importlib.util.module_from_spec(spec)
@@ -107,9 +108,24 @@ def test_ablation_by_hand():
     full, raw = run("increlora", 1, 0.8), run("increlora", 1, 0.7)
     raw["run"] |= {"overrides": ["experiment=raw_growth"]}
     table = tables.ablation([full, raw])
-    assert cells(table, "minilm", "STS-B", "IncreLoRA")[0] == "80.00 (1)"
-    assert cells(table, "minilm", "STS-B", "raw_growth")[0] == "70.00 (1)"
+    assert cells(table, "minilm", "r2", "STS-B", "IncreLoRA")[0] == "80.00 (1)"
+    assert cells(table, "minilm", "r2", "STS-B", "raw_growth")[0] == "70.00 (1)"
     assert tables.ablation([full]).rows == []
+    # the same seed at another budget, and with a setting of another sweep, is something else
+    others = run("increlora", 1, 0.9), run("increlora", 1, 0.1)
+    others[0]["run"] |= {"budget": "r8"}
+    others[1]["run"] |= {"overrides": ["method.top_h=null"]}
+    assert tables.ablation([full, raw, *others]).rows == table.rows
+
+
+def test_what_would_count_twice_or_is_of_another_sweep_is_not_mixed_in():
+    published = run("lora", 1, 0.9, "rte")
+    published["run"] |= {"overrides": ["precision=bf16"]}
+    low_resource = run("lora", 2, 0.5, "rte")
+    low_resource["run"] |= {"overrides": ["precision=bf16", "task.train_fraction=0.01"]}
+    assert tables.is_published(published) and not tables.is_published(low_resource)
+    with pytest.raises(UserError, match="lora on rte has two runs with seed 1"):
+        tables.glue([published, run("lora", 1, 0.8, "rte")], PUBLISHED)
 
 
 def test_markdown_and_latex():
