@@ -1,4 +1,4 @@
-# make quickstart   install, then train IncreLoRA on the embedded synthetic task (CPU, about 3 minutes)
+# make quickstart   install, then train IncreLoRA on the embedded synthetic task (CPU, 2 to 3 minutes)
 # make test         install, then run the whole test suite
 # make lint         style, format and type checks
 PYTHON ?= python3
@@ -25,7 +25,8 @@ quickstart: install
 	@$(RUN) run.py experiment=quickstart
 	@echo
 	@echo "Next, the real thing (one cell of the paper's Table 1; DeBERTaV3-base and the data come from the hub, a GPU helps):"
-	@echo "    $(RUN) run.py task=rte method=increlora budget=r2 precision=bf16"
+	@echo "    . $(VENV)/bin/activate"
+	@echo "    python run.py task=rte method=increlora budget=r2 precision=bf16"
 	@echo "Without a network: backbone.path=DIR (weights and tokenizer) and task.data_dir=DIR (GLUE TSV files)."
 
 test: install

@@ -103,7 +103,7 @@ def read_ranks(pattern: str | None) -> dict[str, int]:
     """
     if pattern is None:
         raise UserError("method.pattern is missing: method.pattern=PATH of a finished run's result file or directory")
-    path = Path(pattern)
+    path = Path(pattern).expanduser()
     path = path / RESULT_FILE if path.is_dir() else path
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

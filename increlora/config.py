@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -49,7 +49,7 @@ def build(node: DictConfig) -> Any:
     Raises:
         UserError: a key that the class does not have, or a value that it refuses.
     """
-    with readable_errors():
+    with readable_errors(str(node._key())):
         return instantiate(node, _convert_="all")
 
 
@@ -118,7 +118,7 @@ def _base_digest(node: str) -> str | None:
 def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
     """`run_dir`, or the directory that says what the run is."""
     if cfg.run_dir:
-        return Path(cfg.run_dir)
+        return Path(cfg.run_dir).expanduser()
     path = Path("runs", *(run[key] for key in ("backbone", "budget", "method", "task")))
     if run["overrides"]:
         path /= _folder_name(run["overrides"])
@@ -139,7 +139,14 @@ def _folder_name(overrides: Sequence[str]) -> str:
 
 
 class readable_errors:
-    """Turn what Hydra and OmegaConf raise into a UserError of one or two lines."""
+    """Turn what Hydra and OmegaConf raise into a UserError of one or two lines.
+
+    Args:
+        group: of the configuration, whose object is being built.
+    """
+
+    def __init__(self, group: str = ""):
+        self.group = group
 
     def __enter__(self) -> None:
         pass
@@ -150,11 +157,16 @@ class readable_errors:
             while cause is not None:  # instantiate() wraps what the constructor raised
                 if isinstance(cause, UserError):
                     raise cause from None
+                if isinstance(cause, OverrideParseException):
+                    raise UserError(
+                        f"'{cause.override}' cannot be read: a value that holds = , ( ) ~ or blanks needs quotes, "
+                        """e.g. "run_dir='a=b'" (the outer ones for the shell)"""
+                    ) from error
                 cause = cause.__cause__
-            raise UserError(_two_lines(str(error))) from error
+            raise UserError(_two_lines(str(error), self.group)) from error
 
 
-def _two_lines(text: str) -> str:
+def _two_lines(text: str, group: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[1].startswith("Available options"):
         options = itertools.takewhile(lambda line: not line.startswith("Config search path"), lines[2:])
@@ -162,7 +174,10 @@ def _two_lines(text: str) -> str:
     if lines[0].startswith("Could not override"):
         return f"{lines[0]}\n`python run.py --cfg job` shows every key."
     if match := re.search(r"call to target '(.*?)':.*unexpected keyword argument '(\w+)'", " ".join(lines)):
-        return f"{match[1]} has no key '{match[2]}'\n`python run.py --cfg job` shows every key."
+        return (
+            f"{match[1]} has no key '{match[2]}'. `python run.py --cfg job` shows every key; "
+            f"where an experiment or a recipe sets it, leave it out with ~{group}.{match[2]}"
+        )
     return " ".join(lines[:2])
 
 

@@ -143,6 +143,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not there or is not a result file.
     """
+    if not path.exists() and (path.parent / "checkpoint.safetensors").exists():
+        raise UserError(f"{path.parent}: the run is not finished; the command that started it goes on with it")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -141,7 +141,7 @@ def read_result(run_dir: Path) -> dict[str, Any]:
         UserError: the directory holds none.
     """
     path = run_dir / results.FILE_NAME
-    if not path.is_file():
+    if not path.is_file() and not (run_dir / "checkpoint.safetensors").exists():
         raise UserError(f"{path}: no such file; give the directory of a finished run, as run.py names it at its end")
     return results.read(path)
 

@@ -84,6 +84,12 @@ def test_a_finished_run_is_found_and_another_configuration_refused(tmp_path):
         results.stored(tmp_path, CONFIG, lambda: {"data": "other", "base": "c"})
 
 
+def test_a_run_that_is_not_finished_is_said_to_be_so(tmp_path):
+    (tmp_path / "checkpoint.safetensors").touch()
+    with pytest.raises(UserError, match="the run is not finished; the command that started it goes on with it"):
+        results.read(tmp_path / "result.json")
+
+
 def test_a_broken_result_file_is_named(tmp_path):
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the result file"):
