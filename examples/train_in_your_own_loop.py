@@ -5,12 +5,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from increlora import IncreLoRA, multiplier
 
-STEPS, WARMUP, LEARNING_RATE = 60, 5, 2e-2
+STEPS, WARMUP, LEARNING_RATE = 150, 5, 2e-2
 
 torch.manual_seed(0)
-model = LlamaForCausalLM(
-    LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-)
+shape = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.2))
 # head=None: no part is freshly initialised, so only the adapted matrices train; kinds={} would adapt all seven kinds
 kinds = {"q_proj": r".*\.q_proj", "v_proj": r".*\.v_proj", "down_proj": r".*\.down_proj"}
 method = IncreLoRA(kinds=kinds, head=None, target_rank=4, interval=5, init_warmup=5)

@@ -3,6 +3,7 @@
 python tests/library_worker.py FOLDER (trainer | accelerate) ACCUMULATION
 """
 
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -44,6 +45,7 @@ def main(folder: Path, loop: str, accumulation: int) -> None:
         allocations = [asdict(allocation) for allocation in methods[0].allocations]
         state = {"losses": found, "allocations": allocations, "weights": weights}
         (folder / "outcome.json").write_text(json.dumps(state))
+    gc.collect()  # DistributedDataParallel must be gone before the group of processes
     distributed.stop()
 
 

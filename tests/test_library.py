@@ -400,7 +400,7 @@ def run_example(name: str, folder, monkeypatch, capsys) -> str:
 def test_the_loop_of_ones_own_learns_and_reaches_the_budget(tmp_path, monkeypatch, capsys):
     out = run_example("train_in_your_own_loop.py", tmp_path, monkeypatch, capsys)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
-    assert losses[-1] < losses[0] - 0.1 and out.strip().endswith("total rank 24")
+    assert losses[-1] < 1.0 < 3.0 < losses[0] and out.strip().endswith("total rank 24")
 
 
 def killed_after(function):
