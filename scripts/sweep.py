@@ -443,7 +443,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one per GPU, else one)")
     parser.add_argument("--known", type=Path, help="results/runs: what is finished there is not run again either")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and the time they take, start none")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs}: at least one run must go at a time; leave it out for one per GPU")
     if arguments.known and not arguments.known.is_dir():
