@@ -196,13 +196,14 @@ class WandbTracker(Tracker):
 
 def _online() -> bool:
     """Whether W&B has an API key and can be reached within two seconds."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
-        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host or "")
+        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname or "")
         if not key:
             return False
-        socket.create_connection((host, 443), timeout=2).close()
-    except (OSError, netrc.NetrcParseError):
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname, port), timeout=2).close()
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: a port that is none
         return False
     return True
 

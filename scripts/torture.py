@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,11 +61,17 @@ def last_step(folder: Path) -> int:
 
 
 def kill(process: subprocess.Popen, folder: Path, at_step: int, in_checkpoint: bool) -> None:
-    """SIGKILL after a step is recorded, or when the next checkpoint after it is being written."""
+    """SIGKILL after a step is recorded, or while the next checkpoint after it is being written."""
     while last_step(folder) < at_step and process.poll() is None:
         time.sleep(0.001)
-    while in_checkpoint and not list(folder.glob(".*.tmp")) and process.poll() is None:
-        pass
+    while in_checkpoint and process.poll() is None:
+        if not list(folder.glob(".*.tmp")):
+            continue
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.01)  # until it stands still
+        if list(folder.glob(".*.tmp")):
+            break
+        process.send_signal(signal.SIGCONT)  # the file was whole by then: the next one
     process.kill()
     process.communicate()
 

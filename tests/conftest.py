@@ -9,8 +9,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("INCRELORA_SHARED", ROOT.parent / "shared"))
 
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the caller's environment decides nothing
+os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost"}
+os.environ["no_proxy"] = os.environ["NO_PROXY"]
+for name in ("HYDRA_FULL_ERROR", "INCRELORA_RESULTS"):
+    os.environ.pop(name, None)
 torch.set_num_threads(1)
 
 TINY_KINDS = {

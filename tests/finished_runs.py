@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +64,11 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
     """The script's main with these arguments; its exit code."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `guarded` sets it; this puts it back
+    pipe = signal.getsignal(signal.SIGPIPE)  # which predict.py changes, for a process of its own
     try:
         script.main()
     except SystemExit as stop:
         return stop.code
+    finally:
+        signal.signal(signal.SIGPIPE, pipe)
     return 0

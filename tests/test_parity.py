@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "check_parity.py"
@@ -16,6 +18,13 @@ def check(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, timeout=300)
 
 
+# transformers takes the loss in float32, whose last bit torch's plain kernels compute otherwise than its AVX ones
+plain = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the trace was recorded with AVX kernels"
+)
+
+
+@plain
 def test_the_authors_run_is_reproduced():
     done = check(TRACE)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -248,8 +248,8 @@ def test_stopped_in_the_middle_and_started_again(tmp_path, number):
     assert first.returncode == (-9 if number == signal.SIGKILL else 130), out
     (finished,) = files("result.json")
     before = finished.stat().st_mtime_ns
+    wait_for(lambda: not any(map(held, files(".lock"))))  # no orphan goes on
     (cut,) = cut_off()
-    wait_for(lambda: not held(cut / ".lock"))  # no orphan goes on
     assert not (cut / "result.json").exists()
     second = start(path)
     out, _ = second.communicate(timeout=500)

@@ -10,4 +10,5 @@ def test_killed_runs_end_as_if_nothing_had_happened():
     script = ROOT / "scripts" / "torture.py"
     done = subprocess.run([sys.executable, script, "--kills", "3"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills 3 (1 with a checkpoint half written), resumes 3," in done.stdout
     assert "identical results 3" in done.stdout

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import socket
 import struct
+
+import pytest
+import wandb
 
 from increlora.matrices import rank_map
 from increlora.tracker import Tracker, WandbTracker
@@ -12,6 +16,13 @@ KINDS = {"query": r".*query", "value": r".*value"}
 RUN = {"backbone": "tiny", "budget": "r2", "method": "increlora", "task": "rte", "seed": 41}
 CONFIG = {"method": {"kinds": KINDS, "name": "increlora"}, "train": {"learning_rate": 1e-3}}
 RANKS = {"layer.0.query": 1, "layer.0.value": 2, "layer.1.query": 3, "layer.1.value": 4}
+
+
+@pytest.fixture(autouse=True)
+def no_service_stays():
+    """W&B's own process, and what it leaves in the environment, end with the test."""
+    yield
+    wandb.teardown()
 
 
 def lines(tracker) -> list[dict]:
@@ -28,7 +39,6 @@ def record(tracker, folder):
 
 def wandb_records(file):
     """The protobuf records of a .wandb file: LevelDB's log format behind a header of seven bytes."""
-    import wandb
     from wandb.proto import wandb_internal_pb2
 
     wandb.teardown()  # a finished run may not be on disk yet: W&B's own process writes it, and ends here
@@ -109,7 +119,14 @@ def test_without_key_or_network_wandb_goes_offline_by_itself(monkeypatch, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert WandbTracker().mode == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "https://127.0.0.1:9")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        assert WandbTracker().mode == "offline"  # nobody listens there yet
+        server.listen()
+        assert WandbTracker().mode == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://127.0.0.1:no")
     assert WandbTracker().mode == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert WandbTracker().mode == "disabled"
