@@ -172,14 +172,19 @@ def stored(
             f"{path} is the result of another configuration (it differs in {', '.join(changed[:5])}). "
             "Run with overwrite=true to replace it, or with another run_dir."
         )
-    before = {"data": result["data"]["fingerprint"], **result.get("inputs", {})}
-    if other := [name for name, digest in inputs().items() if digest != before.get(name, digest)]:
+    if other := changed_inputs(result, inputs()):
         words = " and ".join(INPUTS[name] for name in other)
         raise UserError(
             f"{path} is the result with {words} that have changed since, or lie elsewhere.\n"
             "Give those it was made with, or run with overwrite=true to replace it, or with another run_dir."
         )
     return result
+
+
+def changed_inputs(result: Mapping[str, Any], inputs: Mapping[str, str | None]) -> list[str]:
+    """The names of what a run read that has another digest now; what its result does not tell is not among them."""
+    before = {"data": result["data"]["fingerprint"], **result.get("inputs", {})}
+    return [name for name, digest in inputs.items() if digest != before.get(name, digest)]
 
 
 def load_runs(root: Path) -> list[dict[str, Any]]:

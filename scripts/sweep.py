@@ -177,8 +177,9 @@ def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
     result = results.stored(run.directory, resolved, lambda: config.inputs(cfg))
     if result is None and known is not None:
         path = (known / run.directory.relative_to("runs")).with_suffix(".json")
-        if path.exists() and results.read(path)["config"] == json.loads(json.dumps(resolved)):
-            result = results.read(path)
+        found = results.read(path) if path.exists() else None
+        if found and found["config"] == json.loads(json.dumps(resolved)):
+            result = None if results.changed_inputs(found, config.inputs(cfg)) else found
     return result
 
 

@@ -4,7 +4,8 @@ import json
 import signal
 
 import pytest
-from finished_runs import TRAINING, base_model, finished, run_script
+from conftest import ROOT
+from finished_runs import TRAINING, base_model, finished, module, run_script
 
 from increlora import checkpoint, config, results, trained
 from increlora.errors import Interrupted, UserError
@@ -119,3 +120,18 @@ def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch
     run_dir = finished(tmp_path / "run", *files)
     assert results.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
     assert checkpoint.read(run_dir / "last.safetensors")["identity"]["base"] is not None
+
+
+def test_a_known_result_of_other_data_is_not_taken(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = module(ROOT / "scripts" / "sweep.py")
+    arguments = [*TRAINING, *files]
+    cfg = config.load(arguments)
+    run = sweep.Run({}, overrides=arguments, directory=config.run_directory(cfg, config.identity(cfg, arguments)))
+    known = (tmp_path / "known" / run.directory.relative_to("runs")).with_suffix(".json")
+    known.parent.mkdir(parents=True)
+    (finished(tmp_path / "elsewhere", *files) / "result.json").rename(known)
+    assert sweep.find_result(run, tmp_path / "known")["status"] == "finished"
+    write_data(tmp_path / "data", flipped=True)
+    config._data_digest.cache_clear()
+    assert sweep.find_result(run, tmp_path / "known") is None
