@@ -3,14 +3,13 @@
 python tests/library_worker.py FOLDER (trainer | accelerate) ACCUMULATION
 """
 
-import gc
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from distributed_worker import tiny_bert
+from distributed_worker import leave, tiny_bert
 from test_trainer import accelerated, growing, losses, same_growth, same_weights, trainer
 
 from increlora import distributed
@@ -45,8 +44,7 @@ def main(folder: Path, loop: str, accumulation: int) -> None:
         allocations = [asdict(allocation) for allocation in methods[0].allocations]
         state = {"losses": found, "allocations": allocations, "weights": weights}
         (folder / "outcome.json").write_text(json.dumps(state))
-    gc.collect()  # DistributedDataParallel must be gone before the group of processes
-    distributed.stop()
+    leave()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 python tests/routed_worker.py FOLDER
 """
 
-import gc
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from distributed_worker import leave
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,13 +57,12 @@ def grown() -> tuple[Experts, IncreLoRA]:
 def main(folder: Path) -> None:
     distributed.start("cpu")
     model, method = grown()
-    gc.collect()  # DistributedDataParallel must be gone before the group of processes
     weights = {name: p.tolist() for name, p in model.named_parameters() if p.requires_grad}
     assert all(other == weights for other in distributed.gather(weights)), "the processes ended with different weights"
     if distributed.is_main():
         allocations = [asdict(allocation) for allocation in method.allocations]
         (folder / "outcome.json").write_text(json.dumps({"allocations": allocations, "weights": weights}))
-    distributed.stop()
+    leave()
 
 
 if __name__ == "__main__":
