@@ -143,12 +143,22 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not there or is not a result file.
     """
-    if not path.exists() and (path.parent / "checkpoint.safetensors").exists():
-        raise UserError(f"{path.parent}: the run is not finished; the command that started it goes on with it")
+    if not path.exists():
+        refuse_unfinished(path.parent)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the result file {path}: {error}") from None
+
+
+def refuse_unfinished(run_dir: Path) -> None:
+    """Say of a directory without a result that its run can go on, if it can.
+
+    Raises:
+        UserError: it holds a checkpoint.
+    """
+    if (run_dir / "checkpoint.safetensors").exists():
+        raise UserError(f"{run_dir}: the run is not finished; the command that started it goes on with it")
 
 
 def stored(

@@ -105,7 +105,7 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
     state = _state(run_dir / f"{name}.safetensors", result)
     cfg = run_config(result["config"], overrides)
     settings, method, task, backbone = (config.build(cfg[key]) for key in ("train", "method", "task", "backbone"))
-    if backbone.digest() != result.get("inputs", {}).get("base", backbone.digest()):
+    if results.changed_inputs(result, {"base": backbone.digest()}):
         raise UserError(
             f"{run_dir} was trained on other pretrained weights than those of this backbone.\n"
             "Give the folder with the weights it was trained on: backbone.path=DIR"
@@ -141,7 +141,8 @@ def read_result(run_dir: Path) -> dict[str, Any]:
         UserError: the directory holds none.
     """
     path = run_dir / results.FILE_NAME
-    if not path.is_file() and not (run_dir / "checkpoint.safetensors").exists():
+    if not path.is_file():
+        results.refuse_unfinished(run_dir)
         raise UserError(f"{path}: no such file; give the directory of a finished run, as run.py names it at its end")
     return results.read(path)
 
