@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from increlora import config, results
+from increlora.glue import config, results
 
 
 @config.guarded
@@ -35,10 +35,11 @@ def main(cfg: DictConfig) -> float | None:
 
 def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[dict, list[str]]:
     """Build everything, train, write the result; returns it and where the records lie."""
-    from increlora import distributed, tracker  # torch: only when there is something to train
-    from increlora.checkpoint import Checkpoints, exclusive
+    from increlora import distributed
     from increlora.errors import Interrupted
-    from increlora.train import train as loop
+    from increlora.glue import tracker  # torch: only when there is something to train
+    from increlora.glue.checkpoint import Checkpoints, exclusive
+    from increlora.glue.loop import train as loop
 
     distributed.start(cfg.device)
     settings, method, task = config.build(cfg.train), config.build(cfg.method), config.build(cfg.task)

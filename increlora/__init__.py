@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from increlora.algorithm import IncreLoRA as IncreLoRA
     from increlora.errors import UserError as UserError
-    from increlora.export import save_peft_adapter as save_peft_adapter
-    from increlora.growth import Growth as Growth
+    from increlora.integrations.growth import Growth as Growth
+    from increlora.integrations.hf_trainer import IncreLoRACallback as IncreLoRACallback
+    from increlora.integrations.peft_export import save_peft_adapter as save_peft_adapter
     from increlora.schedule import multiplier as multiplier
-    from increlora.trainer import IncreLoRACallback as IncreLoRACallback
 
 HOMES = {
-    "Growth": "increlora.growth",
+    "Growth": "increlora.integrations.growth",
     "IncreLoRA": "increlora.algorithm",
-    "IncreLoRACallback": "increlora.trainer",
+    "IncreLoRACallback": "increlora.integrations.hf_trainer",
     "UserError": "increlora.errors",
     "multiplier": "increlora.schedule",
-    "save_peft_adapter": "increlora.export",
+    "save_peft_adapter": "increlora.integrations.peft_export",
 }
 __all__ = list(HOMES)
 

@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from increlora import figures
-from increlora.figures import TASKS
+from increlora.analysis import figures
+from increlora.analysis.figures import TASKS
 
 figures.use_style()
 panels = figures.panels(("increlora",))

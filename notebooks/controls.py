@@ -31,8 +31,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 
-from increlora import figures, statistics
-from increlora.figures import LOOKS, PROTOCOLS, TASKS
+from increlora.analysis import figures
+from increlora.analysis.comparison import ALPHA, common_seeds, compare
+from increlora.analysis.figures import LOOKS, PROTOCOLS, TASKS
 
 figures.use_style()
 CONTROLS = ("random_growth", "uniform", "static_pattern", "shuffled_pattern")
@@ -48,12 +49,12 @@ def compared(control, task, protocol):
     """IncreLoRA against a control over the seeds that both have; None if they have none."""
     runs = panels[control][task]
     scores = {method: figures.scores(of_method, protocol) for method, of_method in runs.items()}
-    seeds = statistics.common_seeds(scores)
+    seeds = common_seeds(scores)
     diverged = {
         method: [seed for seed, run in of_method.items() if run["status"] == "diverged"]
         for method, of_method in runs.items()
     }
-    return statistics.compare(scores, "increlora", control, seeds, diverged) if seeds else None
+    return compare(scores, "increlora", control, seeds, diverged) if seeds else None
 
 
 comparisons = {
@@ -129,7 +130,7 @@ def outcome(comparison, going_on):
         return "n too small: runs are missing"
     if not going_on:
         return "not tested: one before it was not significant"
-    if comparison.p > statistics.ALPHA:
+    if comparison.p > ALPHA:
         return "not significant"
     return f"significant, in favour of {'IncreLoRA' if comparison.mean > 0 else 'the control'}"
 

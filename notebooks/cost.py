@@ -29,8 +29,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora import figures, results
-from increlora.figures import LOOKS, TASKS
+from increlora.analysis import figures
+from increlora.analysis.figures import LOOKS, TASKS
+from increlora.glue import results
 
 figures.use_style()
 ARMS = {

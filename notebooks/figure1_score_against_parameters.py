@@ -31,8 +31,8 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.ticker import MaxNLocator
 
-from increlora import figures
-from increlora.figures import LOOKS, TASKS
+from increlora.analysis import figures
+from increlora.analysis.figures import LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora", "lora", "houlsby", "pfeiffer", "bitfit", "full")

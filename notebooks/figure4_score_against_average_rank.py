@@ -32,8 +32,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 
-from increlora import figures, statistics
-from increlora.figures import LOOKS, TASKS
+from increlora.analysis import comparison, figures
+from increlora.analysis.figures import LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "lora")
@@ -119,8 +119,8 @@ rows = []
 for (backbone, task), budgets in panels.items():
     for average, found in budgets.items():
         scores = {method: figures.scores(found.get(method, {}), "last") for method in METHODS}
-        if seeds := statistics.common_seeds(scores):
-            compared = statistics.compare(scores, *METHODS, seeds)
+        if seeds := comparison.common_seeds(scores):
+            compared = comparison.compare(scores, *METHODS, seeds)
             rows.append({
                 "backbone": backbone, "task": TASKS[task], "average rank": f"{average:g}", "seeds": len(seeds),
                 "mean difference": f"{compared.mean:+.2f}",

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora import figures
+from increlora.analysis import figures
 
 figures.use_style()
 

@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora import figures
-from increlora.figures import LOOKS, TASKS
+from increlora.analysis import figures
+from increlora.analysis.figures import LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora")

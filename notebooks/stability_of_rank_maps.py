@@ -35,8 +35,8 @@ import pandas as pd
 from IPython.display import display
 from scipy import stats
 
-from increlora import figures
-from increlora.figures import KINDS, LOOKS, TASKS
+from increlora.analysis import figures
+from increlora.analysis.figures import KINDS, LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora", "random_growth")

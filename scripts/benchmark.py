@@ -32,15 +32,15 @@ from torch import Tensor, nn
 
 from baselines.adalora import AdaLoRA
 from baselines.lora import LoRA
-from increlora import config, results
 from increlora.algorithm import IncreLoRA
-from increlora.batching import epoch_batches, padding_share
+from increlora.glue import config, results
+from increlora.glue.batching import epoch_batches, padding_share
+from increlora.glue.loop import Settings, Training, peak_memory_mb, predict
+from increlora.glue.tasks import Split, Task, TaskData
+from increlora.glue.tracker import Silent
 from increlora.importance import sensitivity
 from increlora.linear import IncrementalLinear
 from increlora.method import Method
-from increlora.tasks import Split, Task, TaskData
-from increlora.tracker import Silent
-from increlora.train import Settings, Training, peak_memory_mb, predict
 
 GROWTH = dict(interval=1000, init_warmup=1000, rank_step=1, scoring_window=57)
 IDLE, SCORING, DUE = 10, 1990, 2000  # steps: no score is taken, one is, matrices grow

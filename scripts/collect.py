@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from increlora import config, results
+from increlora.glue import config, results
 
 DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
 

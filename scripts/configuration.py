@@ -15,8 +15,8 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from increlora.config import CONFIGS
-from increlora.train import Settings
+from increlora.glue.config import CONFIGS
+from increlora.glue.loop import Settings
 
 PAGE = CONFIGS.parent / "docs" / "configuration.md"
 OF_ALL = ("name", "seed", "kinds", "head", "_target_")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from increlora import config, surgery
+from increlora import surgery
 from increlora.errors import UserError
+from increlora.glue import config
 from increlora.method import Method
 
 

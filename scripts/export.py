@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from increlora import config, export, trained
 from increlora.errors import UserError
+from increlora.glue import config, finished_run
+from increlora.glue.finished_run import Trained
+from increlora.glue.tasks import zip_columns
+from increlora.integrations import peft_export
 from increlora.streams import stream
-from increlora.tasks import zip_columns
-from increlora.trained import Trained
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1
 ODD_CHARACTERS = "½ µ ﬁ Ｆｕｌｌ \u00a0 naïve 😀"  # what a tokenizer built anew may read otherwise
@@ -30,8 +31,10 @@ def main() -> None:
     if output.exists():
         raise UserError(f"{output} is there already; remove it, or choose another folder with --output DIR")
     quiet()
-    run = trained.load(arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"])
-    with export.whole(output) as folder:
+    run = finished_run.load(
+        arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"]
+    )
+    with peft_export.whole(output) as folder:
         difference, largest = write_and_compare(run, folder, arguments.format, arguments.base)
     print(f"{output}: read back, its logits differ by at most {difference:.1e} (largest logit {largest:.2f})")
 
@@ -67,10 +70,10 @@ def write_and_compare(run: Trained, folder: Path, kind: str, base: str | None = 
     texts = probes(run)
     expected = run.logits(texts)
     if kind == "peft":
-        export.write_adapter(run, folder, base)
+        peft_export.write_adapter(run, folder, base)
         model = adapter_model(run, folder)
     else:
-        export.write_merged(run, folder)
+        peft_export.write_merged(run, folder)
         model = merged_model(folder)
     difference = (logits(model, folder, texts) - expected).abs().max().item()
     largest = expected.abs().max().item()

@@ -19,9 +19,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from increlora import config
 from increlora.errors import UserError
 from increlora.files import writing
+from increlora.glue import config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 KEPT = ("jupytext", "kernelspec")  # of a notebook's metadata

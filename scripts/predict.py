@@ -21,10 +21,10 @@ from typing import BinaryIO, TextIO
 
 from torch import Tensor
 
-from increlora import config, trained
 from increlora.errors import UserError
 from increlora.files import writing
-from increlora.tasks import Task, decoded
+from increlora.glue import config, finished_run
+from increlora.glue.tasks import Task, decoded
 
 FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl", "-": "jsonl"}
 
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser().parse_intermixed_args()
     kind = arguments.format or format_of(arguments.file)
     with reading(arguments.file) as (lines, name):
-        run = trained.load(arguments.run_dir, arguments.checkpoint, arguments.overrides)
+        run = finished_run.load(arguments.run_dir, arguments.checkpoint, arguments.overrides)
         run.merge()
         with destination(arguments.output) as out:
             texts = READERS[kind](lines, name, run.task)

@@ -16,10 +16,10 @@ import jinja2
 import yaml
 from matplotlib.ticker import MaxNLocator
 
-from increlora import config, results
+from increlora.analysis.figures import rank_history
 from increlora.errors import UserError
-from increlora.figures import rank_history
 from increlora.files import writing
+from increlora.glue import config, results
 from increlora.matrices import kind_of, layer_of, rank_map
 
 TEMPLATE = "report.html.jinja"

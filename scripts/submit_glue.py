@@ -18,11 +18,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from increlora import config, trained
 from increlora.errors import UserError
 from increlora.files import writing
-from increlora.tasks import Task
-from increlora.trained import Trained
+from increlora.glue import config, finished_run
+from increlora.glue.finished_run import Trained
+from increlora.glue.tasks import Task
 
 ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
 INFERENCE = {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"}
@@ -84,7 +84,7 @@ def main() -> None:
     texts = {task: test_sets(directory, overrides, names[task]) for task, directory in runs.items()}
     files = {}
     for task, directory in runs.items():
-        run = trained.load(directory, arguments.checkpoint, overrides)
+        run = finished_run.load(directory, arguments.checkpoint, overrides)
         run.merge()
         files |= {name: predictions(run, PARTS[name], rows, arguments.batch_size) for name, rows in texts[task].items()}
     constant = [name for name in PARTS if name not in files]
@@ -98,7 +98,7 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join(trained.OVERRIDES)
+    known = ", ".join(finished_run.OVERRIDES)
     made.add_argument("runs", nargs="+", metavar="RUN_DIR | KEY=VALUE", help=f"directories of finished runs; {known}")
     made.add_argument("--output", type=Path, default=Path("submission.zip"), help="default: submission.zip")
     made.add_argument("--placeholders", action="store_true", help="constant predictions for tasks without a run")
@@ -125,7 +125,7 @@ def by_task(directories: Sequence[Path]) -> dict[str, Path]:
     """
     runs: dict[str, Path] = {}
     for directory in directories:
-        task = trained.read_result(directory)["run"]["task"]
+        task = finished_run.read_result(directory)["run"]["task"]
         if task not in {part.task for part in PARTS.values()}:
             raise UserError(f"{directory} is a run of {task}, which is no task of GLUE")
         if task in runs:
@@ -140,7 +140,7 @@ def test_sets(directory: Path, overrides: Sequence[str], names: Sequence[str]) -
     Raises:
         UserError: a test set is missing or has another length than the server expects, or the run has other labels.
     """
-    cfg = trained.run_config(trained.read_result(directory)["config"], overrides)
+    cfg = finished_run.run_config(finished_run.read_result(directory)["config"], overrides)
     return {name: test_set(config.build(cfg.task), PARTS[name], name) for name in names}
 
 

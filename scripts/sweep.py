@@ -41,8 +41,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from increlora import config, results
 from increlora.errors import UserError
+from increlora.glue import config, results
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 SWEEPS = config.CONFIGS / "sweep"

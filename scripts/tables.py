@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from increlora import figures, results, statistics
+from increlora.analysis import comparison, figures
+from increlora.analysis.figures import LOOKS, PROTOCOLS, TASKS, Run, Runs
 from increlora.errors import UserError
-from increlora.figures import LOOKS, PROTOCOLS, TASKS, Run, Runs
+from increlora.glue import results
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "results" / "tables"
@@ -133,8 +134,8 @@ def _difference(methods: Runs, other: str) -> list[str]:
     compared = {}
     for protocol in PROTOCOLS:
         scores = {name: figures.scores(methods[name], protocol) for name in ("increlora", other)}
-        if seeds := statistics.common_seeds(scores):
-            compared[protocol] = statistics.compare(scores, "increlora", other, seeds)
+        if seeds := comparison.common_seeds(scores):
+            compared[protocol] = comparison.compare(scores, "increlora", other, seeds)
     last = compared["last"]
     span = f" [{last.interval.low:+.2f}, {last.interval.high:+.2f}]" if last.interval else ""
     needed = str(last.seeds_needed(abs(last.mean))) if last.sd and last.mean else ""
@@ -209,7 +210,7 @@ def _glue_cells(cells: Mapping[str, str], values: Mapping[str, float]) -> list[s
     averages = []
     for convention in ("both", "plain"):
         try:
-            averages.append(f"{statistics.glue_average(values, convention):.2f}")
+            averages.append(f"{comparison.glue_average(values, convention):.2f}")
         except UserError:  # a task is missing
             averages.append("")
     return [*(cells.get(task, "") for task in GLUE), *averages]

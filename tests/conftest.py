@@ -7,6 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+HELPERS = ROOT / "tests" / "helpers"
 SHARED = Path(os.environ.get("INCRELORA_SHARED", ROOT.parent / "shared"))
 
 # the caller's environment decides nothing

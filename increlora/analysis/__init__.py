@@ -1,0 +1,1 @@
+"""The evidence: comparisons, tables and figures from result files."""

@@ -1,0 +1,279 @@
+"""Checkpoints that survive a kill at any moment: one safetensors file, written whole or not at all.
+
+A file holds tensors and, in its header, one JSON document. Nothing is pickled. The previous file is
+kept until the new one is whole: write, fsync, rename.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from increlora.errors import UserError, first_line
+from increlora.files import changed_keys, writing
+from increlora.glue.results import with_moved_classes
+from increlora.method import Method
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+TENSOR = "tensor:"  # marks the place of a tensor in the JSON document
+
+
+# files
+
+
+def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) -> None:
+    """Write nested dicts and lists of JSON values and tensors to one file, atomically.
+
+    Args:
+        keep_previous: rename what was there to `previous-<name>` first.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")})
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        save_file(tensors, temporary, metadata={"increlora": text})  # of several keys the order would be random
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+        UserError: the file is truncated, is none of ours, or is of another version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["increlora"])
+            if header["format"] != FORMAT:
+                raise UserError(f"{path} is of checkpoint format {header['format']}, this code reads {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return _with_tensors(header["document"], tensors)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is truncated or not a checkpoint ({first_line(error)})") from None
+
+
+def previous(path: Path) -> Path:
+    """Where the file before this one is kept."""
+    return path.with_name(f"previous-{path.name}")
+
+
+def newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest whole checkpoint, None if there is none, and a sentence for each that had to be passed over.
+
+    Raises:
+        UserError: there are checkpoints and none is whole.
+    """
+    passed_over: list[str] = []
+    for candidate in (path, previous(path)):
+        if candidate.exists():
+            try:
+                return read(candidate), passed_over
+            except UserError as error:
+                passed_over.append(str(error))
+    if passed_over:
+        raise UserError(f"{passed_over[0]}, and no whole one is before it.\nRun with overwrite=true to start anew.")
+    return None, []
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process until the end of the block, or of the process.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"another process is running in {folder}; wait for it or choose another run_dir") from None
+    with lock:  # the file stays: deleting it would let a third process lock a new one beside a held one
+        yield
+
+
+def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()  # clone: safetensors refuses shared memory
+        return TENSOR + path
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(item, tensors, f"{path}/{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(TENSOR):
+        return tensors[value.removeprefix(TENSOR)]
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value
+
+
+# the checkpoints of one run
+
+
+@dataclass
+class Checkpoints:
+    """What a run keeps in its directory: `checkpoint`, the one before it, `best` and `last` weights.
+
+    Args:
+        folder: the run directory.
+        identity: what must be the same for a run to be continued, in plain data.
+        commits: of the code, in order; `load` puts those of the run so far before them.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    commits: list[str] = field(default_factory=list)
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint; the one before is kept.
+
+        Raises:
+            UserError: it cannot be written; the one before is still good.
+        """
+        document = {"identity": self.identity, "commits": self.commits, "state": state}
+        write(self.path("checkpoint"), document, keep_previous=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state to continue from, None if there is none.
+
+        Raises:
+            UserError: no checkpoint is whole, or it is of another configuration, other data or other processes.
+        """
+        document, passed_over = newest(self.path("checkpoint"))
+        for sentence in passed_over:
+            log.warning("%s; the one before it is whole and is used", sentence)
+        if document is None:
+            return None
+        changed = changed_keys(with_moved_classes(document["identity"]), json.loads(json.dumps(self.identity)))
+        if changed:
+            raise UserError(
+                f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"
+                "Give the arguments and the data it was started with, or overwrite=true to start anew."
+            )
+        self.commits = list(dict.fromkeys([*document.get("commits", []), *self.commits]))
+        return document["state"]
+
+    def keep(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write the trained weights and the method's structure to `<name>.safetensors`."""
+        write(self.path(name), {"identity": self.identity, "state": state})
+
+    def clear(self, *names: str) -> None:
+        """Delete the checkpoints, and the weights kept under these names; others stay."""
+        for file in (*map(self.path, names), self.path("checkpoint"), previous(self.path("checkpoint"))):
+            file.unlink(missing_ok=True)
+
+
+# the parts of a training run
+
+
+def model_state(model: nn.Module, method: Method) -> dict[str, Any]:
+    """Structure and weights: what turns the pretrained model into the trained one."""
+    return {"method": method.state_dict(), "weights": method.trained_state(model)}
+
+
+def load_model_state(model: nn.Module, method: Method, state: Mapping[str, Any]) -> None:
+    """Structure first, then weights by name, on a prepared model.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    method.load_state_dict(state["method"])
+    current = model.state_dict(keep_vars=True)
+    misfits = [n for n, t in state["weights"].items() if n not in current or current[n].shape != t.shape]
+    if misfits:
+        raise UserError(f"the checkpoint is of another model: {len(misfits)} tensors do not fit, e.g. {misfits[0]}")
+    with torch.no_grad():
+        for name, tensor in state["weights"].items():
+            current[name].copy_(tensor)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Groups with the names of their parameters, and the state of every parameter by name."""
+    groups, states = [], {}
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key != "params"})
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            states[name] = dict(optimizer.state.get(parameter, {}))
+    return {"groups": groups, "states": states}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Rebuild groups and state by parameter name, whatever the groups were before."""
+    parameters = dict(model.named_parameters())
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    for group in state["groups"]:
+        options = {key: value for key, value in group.items() if key != "param_names"}
+        optimizer.add_param_group({**options, "params": [(name, parameters[name]) for name in group["param_names"]]})
+    for name, values in state["states"].items():
+        if values:
+            optimizer.state[parameters[name]] = {
+                key: _like(value, parameters[name], key) for key, value in values.items()
+            }
+
+
+def _like(value: Any, parameter: nn.Parameter, key: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    # Adam's step counter keeps its own dtype
+    return value.to(parameter.device, value.dtype if key == "step" else parameter.dtype)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of every global random generator: torch on CPU and GPU, Python, numpy."""
+    legacy: Any = numpy.random.get_state()  # a tuple, unless asked otherwise
+    name, keys, position, has_gauss, cached = legacy
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached],
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def load_random_state(state: Mapping[str, Any]) -> None:
+    """Set every global random generator."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))

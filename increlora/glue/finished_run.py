@@ -1,0 +1,160 @@
+"""The trained model of a run directory, rebuilt from its result file and one of its checkpoints.
+
+The result file names the classes to build, as a YAML of `configs/` does: trust it as you trust code.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from increlora.errors import UserError
+from increlora.files import changed_keys
+from increlora.glue import checkpoint, config, results, token_cache
+from increlora.glue.backbone import Backbone
+from increlora.glue.batching import collate, evaluation_batches
+from increlora.glue.loop import AUTOCAST, Settings
+from increlora.glue.tasks import Examples, Task
+from increlora.method import Method
+
+# what may be said of a run that is over -> where that stands in its configuration
+OVERRIDES = {
+    "backbone.path": "backbone.path",
+    "task.data_dir": "task.data_dir",
+    "task.lenient": "task.lenient",
+    "method.pattern": "method.pattern",
+    "device": "train.device",
+    "precision": "train.precision",
+}
+WORDS = {"true": True, "false": False, "null": None}
+CHUNK = 16  # batches that are sorted by length together
+
+
+@dataclass
+class Trained:
+    """A trained model in evaluation mode, and what its run consisted of.
+
+    Args:
+        result: the content of the result file.
+        checkpoint: the name of the checkpoint, `best` or `last`.
+        settings: precision and device to compute with; fp32 unless told otherwise.
+        model, tokenizer: a sequence classifier and a tokenizer of transformers.
+    """
+
+    result: Mapping[str, Any]
+    checkpoint: str
+    settings: Settings
+    backbone: Backbone
+    task: Task
+    method: Method
+    model: Any
+    tokenizer: Any
+
+    def logits(self, texts: Sequence[tuple[str, ...]], batch_size: int = 64) -> Tensor:
+        """Logits (examples, outputs), fp32 on the CPU, in the order of the texts; batches are sorted by length."""
+        split = self.task.tokenise("texts", Examples(list(texts), [0] * len(texts)), self.tokenizer)
+        rows = torch.empty(len(texts), self.task.num_labels)
+        for indices in evaluation_batches(split.lengths, batch_size):
+            batch = collate(split, indices, self.tokenizer.pad_token_id)
+            del batch["labels"]
+            rows[indices] = self._forward(batch).float().cpu()
+        return rows
+
+    def stream(self, texts: Iterable[tuple[str, ...]], batch_size: int = 64) -> Iterator[Tensor]:
+        """The logits of chunk after chunk of the texts, in their order and in constant memory."""
+        if batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, it is {batch_size}")
+        rows = iter(texts)
+        size = min(CHUNK * batch_size, token_cache.FROM - 1)  # larger chunks would be kept on disk
+        while chunk := list(itertools.islice(rows, size)):
+            yield self.logits(chunk, batch_size)
+
+    def merge(self) -> None:
+        """Fold the update into the weights where that only rounds; a prediction then costs what the plain model's does.
+
+        In half precision a merged weight has too few digits for a small update, so there the model stays as it is.
+        """
+        if self.settings.precision == "fp32" and self.method.can_merge:
+            self.method.merge(self.model)
+
+    @torch.inference_mode()
+    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+        device, dtype = self.settings.torch_device, AUTOCAST[self.settings.precision]
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+
+
+def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Trained:
+    """Rebuild the model of a finished run.
+
+    Args:
+        run_dir: the directory that holds `result.json` and the checkpoints.
+        name: `best` (on dev) or `last`.
+        overrides: `key=value` for the keys of `OVERRIDES`: where files lie and where to compute.
+
+    Raises:
+        UserError: no finished run, a checkpoint that is missing, broken or of another run, or a backbone that
+            is not the one that was trained.
+    """
+    result = read_result(run_dir)
+    state = _state(run_dir / f"{name}.safetensors", result)
+    cfg = run_config(result["config"], overrides)
+    settings, method, task, backbone = (config.build(cfg[key]) for key in ("train", "method", "task", "backbone"))
+    if results.changed_inputs(result, {"base": backbone.digest()}):
+        raise UserError(
+            f"{run_dir} was trained on other pretrained weights than those of this backbone.\n"
+            "Give the folder with the weights it was trained on: backbone.path=DIR"
+        )
+    model = backbone.model(task.num_labels, task.head_dropout)
+    method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
+    checkpoint.load_model_state(model, method, state)
+    if method.ranks() != result["ranks"].get(name, {}):
+        raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {results.FILE_NAME}")
+    model.to(settings.torch_device).eval()
+    return Trained(result, name, settings, backbone, task, method, model, backbone.tokenizer())
+
+
+def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a run that is over, on this machine.
+
+    Raises:
+        UserError: an override that would make it another run.
+    """
+    cfg = OmegaConf.create(dict(stored))
+    for override in ("device=auto", "precision=fp32", *overrides):
+        key, _, value = override.lstrip("+").partition("=")
+        if key not in OVERRIDES:
+            raise UserError(f"'{override}': of a run that is over, only {', '.join(OVERRIDES)} can be set (key=value)")
+        OmegaConf.update(cfg, OVERRIDES[key], WORDS.get(value, value), force_add=True)
+    return cfg
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        UserError: the directory holds none.
+    """
+    path = run_dir / results.FILE_NAME
+    if not path.is_file():
+        results.refuse_unfinished(run_dir)
+        raise UserError(f"{path}: no such file; give the directory of a finished run, as run.py names it at its end")
+    return results.read(path)
+
+
+def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Structure and weights in a checkpoint that belongs to the result."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the run's weights are needed beside its {results.FILE_NAME}")
+    document = checkpoint.read(path)
+    identity = results.with_moved_classes(document["identity"])
+    expected = {"config": result["config"], "data": result["data"]["fingerprint"], **result.get("inputs", {})}
+    changed = changed_keys({key: identity.get(key) for key in expected}, expected)
+    if changed:
+        raise UserError(f"{path} is of another run than {results.FILE_NAME}: it differs in {', '.join(changed[:5])}")
+    return document["state"]

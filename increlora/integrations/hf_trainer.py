@@ -1,0 +1,96 @@
+"""IncreLoRA, or any method of this repository, in the Hugging Face Trainer."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from increlora.errors import UserError
+from increlora.integrations.growth import Growth
+from increlora.method import Method
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class IncreLoRACallback(TrainerCallback):
+    """Lets a method train in the Trainer:
+
+        method.prepare(model, total_steps)
+        callback = IncreLoRACallback(method, model, args, total_steps)
+        trainer = Trainer(model, args, ..., callbacks=[callback], optimizers=callback.optimizers)
+
+    The optimizer is the one that `args` describes (`optim`, `learning_rate`, `weight_decay`, ...). The schedule
+    is the paper's, a restart warmup over `args.warmup_steps` and linear decay, whatever `args.lr_scheduler_type`
+    says. The method's own loss is added once per optimizer step and never to a reported loss. Checkpoints
+    are the Trainer's, and `resume_from_checkpoint` and `load_best_model_at_end` work as they always do.
+
+    When training is over, `callback.growth.merge()` leaves a plain model to save.
+
+    Args:
+        method: prepared on `model` for `total_steps` steps.
+        model: what the Trainer is given.
+        args: what the Trainer is given.
+        total_steps: optimizer steps of the whole run; None: `args.max_steps`.
+
+    Raises:
+        UserError: when training begins: the Trainer takes another number of steps, begins at another step than
+            the model stands at, was not given `callback.optimizers`, or shards the model.
+    """
+
+    def __init__(self, method: Method, model: PreTrainedModel, args: TrainingArguments, total_steps: int | None = None):
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer: torch.optim.Optimizer = kind(
+            [group | {"weight_decay": args.weight_decay} for group in method.param_groups(model)], **options
+        )
+        total_steps = args.max_steps if total_steps is None else total_steps
+        self.growth = Growth(method, model, optimizer, total_steps, args.get_warmup_steps(total_steps))
+        self.optimizers = optimizer, GroupsDecide(optimizer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        growth, optimizer = self.growth, parts["optimizer"]
+        if optimizer.accelerator_state.distributed_type in SHARDED or args.n_gpu > 1:
+            raise UserError(
+                "parameters that are born in training need a whole model in every process: start one process per "
+                "GPU (torchrun, accelerate launch) with DistributedDataParallel, not FSDP, DeepSpeed or DataParallel"
+            )
+        if optimizer.optimizer is not growth.optimizer:
+            raise UserError("give the Trainer the callback's optimizer: Trainer(..., optimizers=callback.optimizers)")
+        if state.max_steps != growth.total_steps:
+            raise UserError(
+                f"the Trainer takes {state.max_steps} steps, the method was prepared for {growth.total_steps}: "
+                "give method.prepare and IncreLoRACallback the same total_steps as the Trainer takes"
+            )
+        if state.global_step != growth.step + growth.skipped:
+            raise UserError(
+                f"the Trainer begins at step {state.global_step}, the model stands at {growth.step + growth.skipped}: "
+                "resume from a checkpoint (resume_from_checkpoint=True), or prepare a fresh model"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        self.growth.begin_step(args.gradient_accumulation_steps, parts["optimizer"].scaler)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        self.growth.before_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        self.growth.after_step()
+
+
+class GroupsDecide(LRScheduler):
+    """The scheduler that the Trainer insists on: it changes no learning rate, `Growth` sets them all."""
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        return self.get_last_lr()
+
+    def get_last_lr(self) -> list[float | torch.Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]

@@ -1,0 +1,282 @@
+"""IncreLoRA as a whole on a tiny DeBERTa: growth, reserve, groups, budget, state, merge."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT, TINY_KINDS, tiny_batches
+
+from increlora.algorithm import IncreLoRA
+from increlora.errors import UserError
+from increlora.glue import results
+from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.linear import IncrementalLinear
+
+STEPS = 40
+
+
+def increlora(**changes) -> IncreLoRA:
+    given = dict(kinds=TINY_KINDS, target_rank=2, top_h=5, interval=5, init_warmup=5, seed=1)
+    return IncreLoRA(**(given | changes))
+
+
+def run(model, method: IncreLoRA, steps: int = STEPS, watch=None) -> torch.optim.Optimizer:
+    """Train for a few steps as the loop does."""
+    settings = Settings(learning_rate=1e-2, warmup_steps=5, batch_size=8, device="cpu")
+    method.prepare(model, steps)
+    optimizer = make_optimizer(model, method, settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model.train()
+    for step, batch in enumerate(tiny_batches(steps)):
+        set_learning_rates(optimizer, step, steps, settings)
+        take_step(step, [batch], lambda b: model(**b).loss, method, optimizer, settings, scaler)
+        if watch:
+            watch(step, optimizer)
+    return optimizer
+
+
+def test_ranks_end_exactly_at_the_budget_and_allocations_tell_how(tiny_deberta):
+    method = increlora()
+    run(tiny_deberta, method)
+    assert method.total_rank == 24 == method.allocator.budget
+    assert [a.step for a in method.allocations] == [10, 15, 20]
+    assert [len(a.added) for a in method.allocations] == [5, 5, 2]  # 12 to add, 5 per growth
+    added = Counter({name: 1 for name in method.linears})
+    for allocation in method.allocations:
+        added.update(allocation.added)
+        top = sorted(allocation.scores, key=allocation.scores.get, reverse=True)[: len(allocation.added)]
+        assert set(top) == set(allocation.added)
+    assert dict(added) == method.ranks()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"interval": 0}, "method.interval must be at least 1, it is 0"),
+        ({"top_h": 0}, "method.top_h must be at least 1, it is 0"),
+        ({"rank_step": 0}, "method.rank_step must be at least 1, it is 0"),
+        ({"target_rank": 1.5}, "method.target_rank must be a whole number, it is 1.5"),
+        ({"top_h": "many"}, "method.top_h must be a whole number or null, it is 'many'"),
+        ({"orth_weight": "abc"}, "method.orth_weight must be a number, it is 'abc'"),
+        ({"alpha": float("inf")}, "method.alpha must be a number, it is inf"),
+        ({"advance_learning": "flase"}, "method.advance_learning must be true or false, it is 'flase'"),
+        ({"scoring_window": 0.5}, "method.scoring_window must be a whole number or a word, it is 0.5"),
+        ({"scoring_window": "some"}, "method.scoring_window must be auto, all or a number above 0"),
+        ({"orth_weight": -0.1}, "method.orth_weight must not be negative, it is -0.1"),
+    ],
+)
+def test_impossible_values_are_refused(tiny_deberta, changes, said):
+    with pytest.raises(UserError) as error:
+        increlora(**({"top_h": None} | changes)).prepare(tiny_deberta, STEPS)
+    assert said in str(error.value)
+
+
+def test_groups_are_born_the_step_after_and_no_parameter_is_in_two(tiny_deberta):
+    optimizer = run(tiny_deberta, increlora())
+    assert [group["born"] for group in optimizer.param_groups] == [0, 0, 1, 11, 16, 21]
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert len(names) == len(set(names))
+    by_name = dict(tiny_deberta.named_parameters())
+    for group in optimizer.param_groups:
+        assert all(by_name[n] is p for n, p in zip(group["param_names"], group["params"], strict=True))
+    trained = {name for name, p in by_name.items() if p.requires_grad}
+    assert trained == set(names)
+
+
+def test_without_restart_warmup_new_groups_follow_the_first_schedule(tiny_deberta):
+    optimizer = run(tiny_deberta, increlora(restart_warmup=False))
+    assert {group["born"] for group in optimizer.param_groups} == {0}
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_reserve_is_made_at_step_zero_learns_with_frozen_lambda_and_is_silenced_at_the_end(tiny_deberta):
+    method, seen = increlora(), {}
+
+    def watch(step, optimizer):
+        if step in (0, 9, 25):
+            seen[step] = {n: copy.deepcopy(linear.reserve) for n, linear in method.linears.items()}
+
+    run(tiny_deberta, method, watch=watch)
+    for name in method.linears:
+        assert seen[0][name].lambda_.tolist() == seen[9][name].lambda_.tolist() == [1e-5]
+        assert not torch.equal(seen[0][name].A, seen[9][name].A)  # learned in advance
+        assert not torch.equal(seen[0][name].B, seen[9][name].B)
+        assert seen[25][name].lambda_.tolist() == [0.0]  # the budget is spent at step 20
+        assert not torch.equal(seen[25][name].A, method.linears[name].reserve.A)  # the penalty goes on
+
+
+def test_without_advance_learning_the_reserve_waits_inert(tiny_deberta):
+    method, seen = increlora(advance_learning=False), {}
+
+    def watch(step, optimizer):
+        if step in (0, 9):
+            seen[step] = {n: copy.deepcopy(linear.reserve) for n, linear in method.linears.items()}
+
+    optimizer = run(tiny_deberta, method, watch=watch)
+    assert all(torch.equal(seen[0][n].A, seen[9][n].A) and seen[9][n].lambda_.item() == 0 for n in method.linears)
+    assert method.total_rank == 24
+    # a chosen component trains whole: A, B and lambda of five matrices
+    assert len(optimizer.param_groups[2]["params"]) == 15 and optimizer.param_groups[2]["born"] == 11
+
+
+def test_what_one_matrix_draws_does_not_depend_on_the_growth_of_others(tiny_deberta):
+    models = [tiny_deberta, copy.deepcopy(tiny_deberta)]
+    methods = [increlora(), increlora(top_h=2)]
+    for model, method in zip(models, methods, strict=True):
+        method.prepare(model, 100)
+        method.before_step(0)
+    a, b = (m.linears["deberta.encoder.layer.1.output.dense"] for m in methods)
+    methods[0]._activate("deberta.encoder.layer.0.output.dense")
+    methods[0]._add_reserve("deberta.encoder.layer.0.output.dense")
+    for method, linear in zip(methods, (a, b), strict=True):
+        linear.activate_reserve()
+        method._add_reserve("deberta.encoder.layer.1.output.dense")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_parameters_by_kind_are_counted_truly(tiny_deberta):
+    method = increlora()
+    run(tiny_deberta, method)
+    counts = method.parameters_by_kind(tiny_deberta)
+    update = sum(
+        rank * (method.linears[name].in_features + method.linears[name].out_features + 1)
+        for name, rank in method.ranks().items()
+    )
+    reserve = sum(linear.in_features + linear.out_features for linear in method.linears.values())
+    assert counts["update"] == update and counts["reserve"] == reserve
+    assert counts["head"] == 16 * 16 + 16 + 16 * 2 + 2
+    trained = sum(p.numel() for p in tiny_deberta.parameters() if p.requires_grad)
+    assert counts["update"] + counts["reserve"] + counts["head"] == trained
+
+
+def test_state_round_trip_rebuilds_structure_weights_and_scores(tiny_deberta):
+    other = copy.deepcopy(tiny_deberta)
+    method = increlora()
+    run(tiny_deberta, method)
+    state, weights = copy.deepcopy(method.state_dict()), method.trained_state(tiny_deberta)
+    rebuilt = increlora()
+    rebuilt.prepare(other, STEPS)
+    rebuilt.load_state_dict(state)
+    missing = other.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys
+    assert rebuilt.ranks() == method.ranks() and rebuilt.scores() == method.scores()
+    assert [vars(a) for a in rebuilt.allocations] == [vars(a) for a in method.allocations]
+    flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (tiny_deberta, other)]
+    assert flags[0] == flags[1]
+    batch = tiny_batches(1)[0]
+    for model in (tiny_deberta, other):
+        model.eval()
+    assert torch.equal(tiny_deberta(**batch).logits, other(**batch).logits)
+
+
+def test_merge_keeps_the_outputs_and_leaves_plain_layers(tiny_deberta):
+    method = increlora()
+    run(tiny_deberta, method)
+    tiny_deberta.eval()
+    batch = tiny_batches(1)[0]
+    before = tiny_deberta(**batch).logits
+    method.merge(tiny_deberta)
+    assert not any(isinstance(m, IncrementalLinear) for m in tiny_deberta.modules())
+    torch.testing.assert_close(tiny_deberta(**batch).logits, before, rtol=0, atol=1e-10)
+
+
+def test_frozen_weights_do_not_move(tiny_deberta):
+    before = {n: p.clone() for n, p in tiny_deberta.named_parameters() if "pooler" not in n and "classifier" not in n}
+    run(tiny_deberta, increlora())
+    after = {n.replace(".base.", "."): p for n, p in tiny_deberta.named_parameters()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_only_the_window_before_each_growth_is_scored():
+    method = increlora(scoring_window="auto")
+    assert method.window == 57 and 0.85**57 < 1e-4 < 0.85**56
+    assert increlora(beta1=0.5, beta2=0.9, scoring_window="auto").window == 88  # ln 1e-4 / ln 0.9 = 87.4
+    assert increlora(scoring_window="all").window == float("inf")
+    method = increlora(scoring_window=2)
+    method.linears, method.allocator = {}, method.schedule(12, STEPS)
+    assert [step for step in range(21) if method.scores_at(step)] == [9, 10, 14, 15, 19, 20]
+
+
+def test_a_window_and_all_steps_decide_the_same(tiny_deberta):
+    """Growth every 70 steps: 13 steps of each interval go unscored, 57 decide."""
+    methods = []
+    for window in ("all", "auto"):
+        method = increlora(interval=70, init_warmup=70, top_h=4, scoring_window=window)
+        run(copy.deepcopy(tiny_deberta), method, steps=300)
+        methods.append(method)
+    for a, b in zip(*(m.allocations for m in methods), strict=True):
+        assert (a.step, a.added) == (b.step, b.added)
+        # the scores, too, differ by no more than what was forgotten
+        assert list(b.scores.values()) == pytest.approx(list(a.scores.values()), rel=5e-3)
+    assert methods[0].ranks() == methods[1].ranks() and len(methods[0].allocations) == 3
+
+
+def test_a_non_finite_step_changes_nothing_and_growth_comes_at_the_next_good_batch(tiny_deberta):
+    settings = Settings(learning_rate=1e-2, warmup_steps=5, batch_size=8, device="cpu")
+    method = increlora()
+    method.prepare(tiny_deberta, STEPS)
+    optimizer = make_optimizer(tiny_deberta, method, settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = tiny_batches(1)[0]
+
+    def step_with(factor: float, step: int) -> bool:
+        return take_step(
+            step, [batch], lambda b: tiny_deberta(**b).loss * factor, method, optimizer, settings, scaler
+        ).taken
+
+    for step in range(10):
+        assert step_with(1.0, step)
+    before = copy.deepcopy((method.state_dict(), method.trained_state(tiny_deberta)))
+    assert not step_with(float("nan"), 10) and not step_with(float("inf"), 10)
+    assert str((method.state_dict(), method.trained_state(tiny_deberta))) == str(before)
+    assert step_with(1.0, 10) and method.allocations[-1].step == 10
+
+
+def test_the_penalty_is_no_part_of_the_score_or_of_the_reported_loss(tiny_deberta):
+    other = copy.deepcopy(tiny_deberta)
+    batch = tiny_batches(1)[0]
+    sensitivities = []
+    for model, weight in ((tiny_deberta, 0.0), (other, 10.0)):
+        method = increlora(orth_weight=weight)
+        method.prepare(model, STEPS)
+        for linear in method.linears.values():
+            linear.components[0].lambda_.data.fill_(1.0)
+        method.begin_step(0)
+        (model(**batch).loss + method.extra_loss()).backward()
+        sensitivities.append(torch.stack([w.finish() for w in method.watchers]))
+    torch.testing.assert_close(sensitivities[0], sensitivities[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta1": 1.0}, "method.beta1 must be in"),
+        ({"score_reduction": "max"}, "sqrt or mean"),
+        ({"scoring_window": 0}, "scoring_window must be auto, all or a number above 0"),
+        ({"scoring_window": "some"}, "scoring_window must be auto, all or a number above 0"),
+        ({"matrices": ["query", "quary"]}, "quary; the backbone has: query, key"),
+        ({"kinds": {"query": r".*\.q_proj"}}, "no linear layer matches matrix kind 'query'"),
+        ({"target_rank": 8, "rank_step": 5}, "= 84 ranks"),
+        ({"interval": 20, "top_h": 1}, "the growth schedule does not fit: 12 growths"),
+    ],
+)
+def test_impossible_settings_are_refused(tiny_deberta, changes, said):
+    with pytest.raises(UserError) as error:
+        increlora(**changes).prepare(tiny_deberta, STEPS)
+    assert said in str(error.value)
+
+
+def test_a_window_and_all_steps_decided_the_same_in_real_runs():
+    """configs/sweep/scoring_window.yaml: MiniLM on STS-B, interval 100, so that 43 of 100 steps are not scored."""
+    runs = [
+        r for r in results.load_runs(ROOT / "results" / "runs") if "decisions of scoring" in r["run"]["settings_from"]
+    ]
+    by_window = {run["config"]["method"]["scoring_window"]: run for run in runs}
+    allocations = [[(a["step"], a["added"]) for a in by_window[window]["allocations"]] for window in ("auto", "all")]
+    assert allocations[0] == allocations[1] and [step for step, _ in allocations[0]] == [200, 300, 400, 500]
+    curves = [by_window[window]["curve"][-1]["scores"] for window in ("auto", "all")]
+    assert curves[0] == curves[1]
+    for auto, every in zip(*(by_window[window]["allocations"] for window in ("auto", "all")), strict=True):
+        assert auto["scores"] != every["scores"]  # the difference is there, and too small to decide
+        assert list(auto["scores"].values()) == pytest.approx(list(every["scores"].values()), rel=0.01)

@@ -1,0 +1,137 @@
+"""What a run reads is part of what it is: other data, weights or pattern under the same name are refused."""
+
+import json
+import signal
+
+import pytest
+from conftest import ROOT
+from finished_runs import TRAINING, base_model, finished, module, run_script
+
+from increlora.errors import Interrupted, UserError
+from increlora.glue import checkpoint, config, finished_run, results
+from increlora.streams import stream
+
+SETTINGS = ["backbone=bert_base", "task=rte", "task.max_length=24", "method=lora", "budget=r2", "train.epochs=1"]
+
+
+def write_data(folder, flipped: bool) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("train", 60), ("dev", 20)):
+        lines = [f"{i}\tdogs are wet\tcats {i}\t{('not_' * ((i + flipped) % 2))}entailment" for i in range(rows)]
+        (folder / f"{name}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Weights A and B of equal shape, and the arguments of a run on A."""
+    from safetensors.torch import load_file, save_file
+
+    for name in "AB":
+        base_model("bert_base", tmp_path / name)
+    file = tmp_path / "B" / "model.safetensors"
+    tensors = load_file(file)
+    noise = {key: t + 0.1 * t.new_empty(t.shape).normal_(generator=stream(1, key)) for key, t in tensors.items()}
+    save_file(noise, file, metadata={"format": "pt"})
+    write_data(tmp_path / "data", flipped=False)
+    return [*SETTINGS, f"task.data_dir={tmp_path / 'data'}", f"backbone.path={tmp_path / 'A'}"]
+
+
+def found(run_dir, arguments):
+    """What run.py finds of a finished run."""
+    cfg = config.load([*TRAINING, *arguments])
+    config._data_digest.cache_clear()  # a process sees one state of a file, this one sees several
+    config._base_digest.cache_clear()
+    return results.stored(run_dir, config.resolved(cfg), lambda: config.inputs(cfg))
+
+
+def test_a_finished_run_is_not_returned_for_other_data_or_weights(files, tmp_path):
+    run_dir = finished(tmp_path / "run", *files)
+    assert found(run_dir, files)["status"] == "finished"
+    with pytest.raises(UserError, match="with pretrained weights that have changed since"):
+        found(run_dir, [*files, f"backbone.path={tmp_path / 'B'}"])
+    write_data(tmp_path / "data", flipped=True)
+    with pytest.raises(UserError, match="with data that have changed since"):
+        found(run_dir, files)
+
+
+def test_an_adapter_is_not_put_on_other_weights(files, tmp_path):
+    run_dir = finished(tmp_path / "run", *files)
+    assert finished_run.load(run_dir, "last", files[-1:]).result["status"] == "finished"
+    with pytest.raises(UserError, match="was trained on other pretrained weights"):
+        finished_run.load(run_dir, "last", [f"backbone.path={tmp_path / 'B'}"])
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    from increlora.glue.loop import Training
+
+    def stopping(self, *arguments):
+        report = before(self, *arguments)
+        if self.progress.step == step:
+            self._interrupt(signal.SIGTERM)
+        return report
+
+    before = Training._step
+    monkeypatch.setattr(Training, "_step", stopping)
+
+
+def test_a_run_is_not_continued_on_other_weights(files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 2)
+        finished(tmp_path / "run", *files)
+    with pytest.raises(UserError, match="is of another run: it differs in base"):
+        finished(tmp_path / "run", *files, f"backbone.path={tmp_path / 'B'}")
+    finished(tmp_path / "run", *files)
+
+
+def test_a_pattern_that_was_made_anew_is_another(tmp_path):
+    def write(ranks):
+        text = json.dumps({"status": "finished", "ranks": {"last": ranks}})
+        (tmp_path / "pattern.json").write_text(text)
+
+    write({"a": 1, "b": 3})
+    arguments = ["method=static_pattern", "backbone=tiny", f"method.pattern={tmp_path / 'pattern.json'}"]
+    before = config.inputs(config.load(arguments))
+    write({"b": 3, "a": 1})
+    assert config.inputs(config.load(arguments)) == before and set(before) == {"pattern"}
+    write({"a": 2, "b": 2})
+    assert config.inputs(config.load(arguments)) != before
+
+
+def test_running_again_leaves_no_result_beside_weights_of_another_training(files, tmp_path, monkeypatch):
+    run_dir = finished(tmp_path / "run", *files)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=r"\(without overwrite=true\)"):
+        stop_at(patch, 2)
+        finished(run_dir, *files, "overwrite=true")
+    assert sorted(p.name for p in run_dir.glob("*.[js]*")) == ["checkpoint.safetensors", "metrics.jsonl"]
+    finished(run_dir, *files)  # goes on from the checkpoint
+    assert results.read(run_dir / "result.json")["curve"][-1]["step"] == 3
+
+
+def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch):
+    commits = iter(["c0ffee", "decade"])
+
+    def state(device):
+        return {"commit": next(commits), "dirty": False}
+
+    monkeypatch.setattr(run_script.results, "code_state", state)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, 2)
+        finished(tmp_path / "run", *files)
+    run_dir = finished(tmp_path / "run", *files)
+    assert results.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
+    assert checkpoint.read(run_dir / "last.safetensors")["identity"]["base"] is not None
+
+
+def test_a_known_result_of_other_data_is_not_taken(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = module(ROOT / "scripts" / "sweep.py")
+    arguments = [*TRAINING, *files]
+    cfg = config.load(arguments)
+    run = sweep.Run({}, overrides=arguments, directory=config.run_directory(cfg, config.identity(cfg, arguments)))
+    known = (tmp_path / "known" / run.directory.relative_to("runs")).with_suffix(".json")
+    known.parent.mkdir(parents=True)
+    (finished(tmp_path / "elsewhere", *files) / "result.json").rename(known)
+    assert sweep.find_result(run, tmp_path / "known")["status"] == "finished"
+    write_data(tmp_path / "data", flipped=True)
+    config._data_digest.cache_clear()
+    assert sweep.find_result(run, tmp_path / "known") is None
