@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conftest import TINY_KINDS
+from conftest import ROOT, TINY_KINDS
+from hydra.utils import get_class
 
 from increlora.errors import UserError
 from increlora.glue import results
@@ -100,3 +101,14 @@ def test_the_summary_shows_scores_ranks_before_and_after_and_padding():
     text = results.summary(made())
     assert "best  score 0.8000 at step 20" in text and "clean score 0.6000 at step 10" in text
     assert "1 -> 3" in text and "total rank 2 -> 4" in text and "padding 5.0%" in text
+
+
+def test_the_classes_that_committed_results_name_are_found_where_they_are_now():
+    found = {
+        node["_target_"]
+        for result in results.load_runs(ROOT / "results" / "runs")
+        for node in result["config"].values()
+        if isinstance(node, dict) and "_target_" in node
+    }
+    assert {"increlora.glue.tasks.Task", "increlora.glue.loop.Settings", "increlora.algorithm.IncreLoRA"} < found
+    assert all(get_class(name) for name in found)
