@@ -25,8 +25,7 @@ for step in range(STEPS):
     loss = model(input_ids=numbers, labels=numbers).loss
     (loss + method.extra_loss()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in method.before_step(step):
-        optimizer.add_param_group({"born": step + 1, **group})
+    method.before_step(step)
     optimizer.step()
     method.after_step(step)
     optimizer.zero_grad()

@@ -1,6 +1,8 @@
 """IncreLoRA: every matrix starts at rank 1, and the most important ones grow until the budget is spent."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,12 +11,16 @@ from torch import Tensor, nn
 
 from increlora import surgery
 from increlora.allocator import Allocator
+from increlora.bank import Bank, Component, GroupSize
 from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
-from increlora.linear import Component, IncrementalLinear, OrthogonalPenalty
+from increlora.linear import IncrementalLinear
 from increlora.method import Allocation, Method, named
+from increlora.orthogonality import orthogonal_penalty
 from increlora.streams import stream
 
+START, FIRST_RESERVES = 0, 1  # numbers of groups in the bank; each growth brings one more
+RANK_MULTIPLE = 1
 FORGOTTEN = 1e-4  # weight in the moving averages below which the past is left out
 
 
@@ -81,16 +87,49 @@ class IncreLoRA(Method):
         bases = self.adapted_matrices(model)
         self.allocator = self.schedule(len(bases), total_steps)
         self.freeze_all_but_head(model)
-        self.linears: dict[str, IncrementalLinear] = {}
         ranks = self.start_ranks(list(bases))
-        for name, base in bases.items():
-            linear = IncrementalLinear(base, self.alpha, self.dropout, self.rank_epsilon)
-            self.linears[name] = linear
-            linear.add_active(self._new_component(name, ranks[name], 0.0))
+        self.bank = self._new_bank(bases, ranks)
+        self.linears = {name: IncrementalLinear(base, self.bank, name, self.dropout) for name, base in bases.items()}
+        for name, linear in self.linears.items():
             surgery.replace(model, name, linear)
+            self.bank.add_active(name, ranks[name], START, self._stream(name))
+        self.bank.release(START)
+        surgery.add_bank(model, self.bank, list(bases))
         self.importance = ImportanceScore(list(bases), self.beta1, self.beta2)
         self.watchers: list[DeltaGradient] = []
-        self.penalty: OrthogonalPenalty | None = None  # made anew after each growth
+
+    def _new_bank(self, bases: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> Bank:
+        """The tensors of every allocation of the run: the start, the first reserves, each growth."""
+        shapes = {name: (base.out_features, base.in_features) for name, base in bases.items()}
+        allocator = self.allocator
+        sizes = [_group_size(shapes, ranks, lambdas=sum(ranks.values()))]
+        if allocator.needed:
+            sizes.append(_group_size(shapes, dict.fromkeys(shapes, allocator.rank_step), lambdas=0))
+        for grown in allocator.growths():
+            sizes.append(_largest_group_size(shapes, grown, allocator.rank_step))
+        like = next(iter(bases.values())).weight
+        return Bank(
+            shapes, sizes, alpha=self.alpha, rank_epsilon=self.rank_epsilon,
+            reserve_lambda=self.reserve_lambda if self.advance_learning else 0.0, multiple=RANK_MULTIPLE,
+            # in half precision, steps of the size of a learning rate would be lost
+            dtype=like.dtype if like.dtype == torch.float64 else torch.float32, device=like.device,
+        )  # fmt: skip
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Those of the start, and one for each allocation to come, whose parameters train from the step `born` on."""
+        later = {id(parameter) for parameter in self.later_parameters()}
+        groups = super().param_groups(model)
+        for group in groups:
+            group["params"] = [(name, p) for name, p in group["params"] if id(p) not in later]
+        births = {FIRST_RESERVES: 1} if self.advance_learning else {}
+        births |= {FIRST_RESERVES + 1 + i: step + 1 for i, step in enumerate(self.allocator.growth_steps())}
+        for number, born in births.items() if self.allocator.needed else ():
+            params = named(model, self.bank.groups[number].parameters())
+            groups.append({"params": params, "decay": True, "born": born if self.restart_warmup else 0})
+        return groups
+
+    def later_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.bank.all_groups[START + 1 :] for parameter in group.parameters()]
 
     def start_ranks(self, matrices: list[str]) -> dict[str, int]:
         """The rank of every matrix at the start, at least 1."""
@@ -117,11 +156,9 @@ class IncreLoRA(Method):
         allocator.check(total_steps)
         return allocator
 
-    def _new_component(self, matrix: str, rank: int, lambda_value: float) -> Component:
-        # the stream is keyed by matrix and index, so what one matrix draws does not depend on the others
-        linear = self.linears[matrix]
-        generator = stream(self.seed, "component", matrix, len(linear.components))
-        return Component(rank, linear.base, lambda_value, generator)
+    def _stream(self, matrix: str) -> torch.Generator:
+        # keyed by matrix and index, so that what one matrix draws does not depend on the others
+        return stream(self.seed, "component", matrix, len(self.bank.matrices[matrix].components))
 
     # one step
 
@@ -153,57 +190,50 @@ class IncreLoRA(Method):
 
     def orthogonal_penalty(self) -> Tensor:
         """The unweighted penalty over all adapted matrices, a scalar."""
-        device = next(iter(self.linears.values())).weight.device
-        if self.penalty is None or self.penalty.device != device:
-            self.penalty = OrthogonalPenalty(self.linears.values())
-        return self.penalty()
+        return orthogonal_penalty(self.bank.stacks())
 
-    def before_step(self, step: int) -> list[dict[str, Any]]:
+    def before_step(self, step: int) -> None:
         if self.watchers:
             S = torch.stack([watcher.finish() for watcher in self.watchers])
             self.importance.update(S / self.loss_scale)
             self.watchers = []
-        if step == 0 and not self.allocator.spent(self.total_rank):
-            return self._group([p for name in self.linears for p in self._add_reserve(name)])
-        return self._grow(step) if self.allocator.due(step, self.total_rank) else []
+        if step == 0 and self.allocator.needed:
+            for name in self.linears:
+                self._add_reserve(name, FIRST_RESERVES)
+            if self.advance_learning:
+                self.bank.release(FIRST_RESERVES)
+        elif self.allocator.due(step, self.total_rank):
+            self._grow(step)
 
-    def _grow(self, step: int) -> list[dict[str, Any]]:
+    def _grow(self, step: int) -> None:
         scores = self.deciding_scores(step)
-        chosen = self.allocator.choose(list(self.linears), scores, self.total_rank)
-        parameters: list[nn.Parameter] = []
-        for name in chosen:
-            parameters += self._activate(name) + self._add_reserve(name)
-        self.allocations.append(Allocation(step, dict.fromkeys(chosen, self.allocator.rank_step), scores))
+        gains = self.allocator.choose(list(self.linears), scores, self.total_rank)
+        group = FIRST_RESERVES + 1 + len(self.allocations)
+        for name, rank in gains.items():
+            self._activate(name, rank, group)
+        self.bank.release(group)
+        self.allocations.append(Allocation(step, gains, scores))
         if self.allocator.spent(self.total_rank):
-            for linear in self.linears.values():
-                linear.silence_reserve()
-        return self._group(parameters)
+            self.bank.silence_reserves()
 
     def deciding_scores(self, step: int) -> dict[str, float]:
         """The score of every matrix by which this growth chooses."""
         return self.scores()
 
-    def _activate(self, name: str) -> list[nn.Parameter]:
-        component = self.linears[name].activate_reserve()
-        return [component.lambda_] if self.advance_learning else list(component.parameters())
+    def _activate(self, name: str, rank: int, group: int) -> None:
+        """A matrix gains ranks, and a new reserve where nothing of the old one is left."""
+        if self.advance_learning:
+            self.bank.activate_reserve(name, rank, group)
+            if self.bank.matrices[name].reserve is None:
+                self._add_reserve(name, group)
+        else:
+            place = self.bank.activate_inert_reserve(name, rank, group)
+            if place is not None:
+                self._add_reserve(name, FIRST_RESERVES, place)
 
-    def _add_reserve(self, name: str) -> list[nn.Parameter]:
-        lambda_value = self.reserve_lambda if self.advance_learning else 0.0
-        component = self._new_component(name, self.allocator.rank_step, lambda_value)
-        self.linears[name].add_reserve(component, learns=self.advance_learning)
-        self.penalty = None
-        return [component.A, component.B] if self.advance_learning else []
-
-    def _group(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-        wanted = {id(parameter) for parameter in parameters}
-        params = [
-            (f"{matrix}.{name}", parameter)
-            for matrix, linear in self.linears.items()
-            for name, parameter in linear.named_parameters()
-            if id(parameter) in wanted
-        ]
-        group: dict[str, Any] = {"params": params, "decay": True}
-        return [group if self.restart_warmup else group | {"born": 0}] if params else []
+    def _add_reserve(self, name: str, group: int, place: Component | None = None) -> None:
+        rank_step, generator = self.allocator.rank_step, self._stream(name)
+        self.bank.add_reserve(name, rank_step, group, generator, self.advance_learning, place)
 
     # what is known of it
 
@@ -213,13 +243,12 @@ class IncreLoRA(Method):
         return sum(self.ranks().values())
 
     def ranks(self) -> dict[str, int]:
-        return {name: linear.rank for name, linear in self.linears.items()}
+        return {name: matrix.rank for name, matrix in self.bank.matrices.items()}
 
     def planned_ranks(self) -> dict[int, int]:
-        allocator, plan = self.allocator, super().planned_ranks()
-        for step in allocator.growth_steps():
-            grown = allocator.rank_step * min(allocator.top_h, allocator.matrices)
-            plan[step] = min(allocator.budget, plan[max(plan)] + grown)
+        plan = {0: sum(matrix.components[0].rank for matrix in self.bank.matrices.values())}
+        for step, gained in zip(self.allocator.growth_steps(), self.allocator.growths(), strict=True):
+            plan[step] = plan[max(plan)] + gained
         return plan
 
     def scores(self) -> dict[str, float]:
@@ -231,45 +260,53 @@ class IncreLoRA(Method):
 
     def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
         counts = super().parameters_by_kind(model)
-        reserves = [linear.reserve for linear in self.linears.values() if linear.reserve is not None]
-        reserve = sum(p.numel() for component in reserves for p in component.parameters() if p.requires_grad)
-        return counts | {"update": counts["update"] - reserve, "reserve": reserve}
+        update = reserve = 0
+        for matrix in self.bank.matrices.values():
+            widths = matrix.in_features + matrix.out_features
+            update += matrix.rank * (widths + 1)
+            reserve += matrix.reserve.rank * widths if matrix.reserve and self.advance_learning else 0
+        # without what the tensors hold for growths to come, or for matrices of other widths
+        other = sum(p.numel() for p in self.bank.parameters())
+        return counts | {"update": update, "reserve": reserve, "total": counts["total"] - other + update + reserve}
 
     # keep and restore
 
     def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
-        components = [p for linear in self.linears.values() for p in linear.components.parameters()]
-        return super().trained_state(model) | {name: p.detach() for name, p in named(model, components)}
+        begun = [p for group in self.bank.all_groups if group.next_row for p in group.parameters()]
+        return super().trained_state(model) | {name: p.detach() for name, p in named(model, begun)}
 
     def state_dict(self) -> dict[str, Any]:
-        structure = {
-            name: {
-                "components": [component.rank for component in linear.all_components],
-                "active": linear.active,
-                "reserve_learns": linear.reserve_learns,
-            }
-            for name, linear in self.linears.items()
-        }
-        return super().state_dict() | {"structure": structure, "importance": self.importance.state_dict()}
+        return super().state_dict() | {"structure": self.bank.structure(), "importance": self.importance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.importance.load_state_dict(state["importance"])
-        for name, shape in state["structure"].items():
-            linear = self.linears[name]
-            del linear.components[1:]  # an earlier structure may be loaded over a later one
-            for rank in shape["components"][1:]:
-                linear.add_reserve(self._new_component(name, rank, 0.0), learns=self.advance_learning)
-            for component in linear.components[: shape["active"]]:
-                component.requires_grad_(True)
-            linear.set_structure(shape["active"], shape["reserve_learns"])
-        self.penalty = None
+        self.bank.load_structure(state["structure"])
 
     @torch.no_grad()
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         # while ranks grow a reserve learns at the output, with lambda 1e-5: leaving it out would change the logits
-        return {name: linear.factors() for name, linear in self.linears.items()}
+        return {name: self.bank.factors(name) for name in self.linears}
 
     def merge(self, model: nn.Module) -> None:
         for name, linear in self.linears.items():
             surgery.replace(model, name, linear.merged())
+        surgery.remove_bank(model)
+
+
+def _group_size(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], lambdas: int) -> GroupSize:
+    """A group that gives every matrix so many components."""
+    rows: Counter[int] = Counter()
+    for name, widths in shapes.items():
+        rows.update({width: ranks[name] * widths.count(width) for width in widths})
+    return GroupSize(rows, lambdas)
+
+
+def _largest_group_size(shapes: Mapping[str, tuple[int, int]], gained: int, rank_step: int) -> GroupSize:
+    """A group that is large enough whichever matrices gain these ranks in a growth."""
+    grown = -(-gained // rank_step)
+    rows = {}
+    for width in {width: None for widths in shapes.values() for width in widths}:
+        uses = sorted((widths.count(width) for widths in shapes.values()), reverse=True)
+        rows[width] = rank_step * sum(uses[:grown])
+    return GroupSize(rows, lambdas=gained)

@@ -22,7 +22,7 @@ class Allocator:
         interval, init_warmup: growth at steps t > init_warmup with t % interval == 0.
 
     Raises:
-        UserError: a value is out of range, or the budget cannot be reached in whole rank steps.
+        UserError: a value is out of range.
     """
 
     matrices: int
@@ -43,12 +43,6 @@ class Allocator:
             raise UserError(
                 f"the budget is below the start: target_rank {self.target_rank} < init_rank {self.init_rank}. "
                 "Raise method.target_rank or lower method.init_rank."
-            )
-        if self.needed % self.rank_step:
-            raise UserError(
-                f"the budget cannot be reached in whole rank steps: {self.matrices} matrices x (target_rank "
-                f"{self.target_rank} - init_rank {self.init_rank}) = {self.needed} ranks, method.rank_step is "
-                f"{self.rank_step}. Choose a rank_step that divides {self.needed}."
             )
 
     @property
@@ -72,23 +66,28 @@ class Allocator:
         """The first step from `step` on at which ranks are added, were the budget not spent."""
         return max(-(-step // self.interval), self.init_warmup // self.interval + 1) * self.interval
 
-    def choose(self, candidates: Sequence[str], scores: Mapping[str, float], total_rank: int) -> list[str]:
-        """The matrices that grow now, in model order; never more than the budget has room for.
+    def choose(self, candidates: Sequence[str], scores: Mapping[str, float], total_rank: int) -> dict[str, int]:
+        """The matrices that grow now and what each gains, in model order; never more than the budget has room for.
+
+        Where the room is no multiple of `rank_step`, the last of the chosen by score gains what is left.
 
         Args:
             candidates: all matrices, in model order; a tie goes to the earlier one.
         """
-        room = (self.budget - total_rank) // self.rank_step
-        best = set(sorted(candidates, key=lambda name: -scores[name])[: min(self.top_h, room)])
-        return [name for name in candidates if name in best]
+        room = self.budget - total_rank
+        best = sorted(candidates, key=lambda name: -scores[name])[: self.top_h]
+        gains = {name: min(self.rank_step, room - i * self.rank_step) for i, name in enumerate(best)}
+        return {name: gains[name] for name in candidates if gains.get(name, 0) > 0}
+
+    def growths(self) -> list[int]:
+        """The ranks that each growth adds, in order."""
+        each = self.rank_step * min(self.top_h, self.matrices)
+        return [min(each, self.needed - done) for done in range(0, self.needed, each)]
 
     def growth_steps(self) -> list[int]:
         """The steps at which ranks are added."""
-        if not self.needed:
-            return []
-        rounds = -(-self.needed // (self.rank_step * min(self.top_h, self.matrices)))
         first = self.next_growth(0)
-        return [first + i * self.interval for i in range(rounds)]
+        return [first + i * self.interval for i in range(len(self.growths()))]
 
     def check(self, total_steps: int) -> None:
         """Refuse a schedule whose last growth would get no training step.

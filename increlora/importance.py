@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from increlora import distributed
+from increlora.bank import Views
 from increlora.linear import IncrementalLinear
 
 
@@ -29,7 +30,7 @@ def sensitivity(delta: Tensor, gradient: Tensor, reduction: str = "sqrt") -> Ten
         delta: the update, (out, in).
         gradient: d(task loss) / d(delta), (out, in).
     """
-    total = (delta * gradient).abs_().sum()
+    total = torch.linalg.vector_norm(delta * gradient, ord=1)
     return total / (delta.numel() ** 0.5 if reduction == "sqrt" else delta.numel())
 
 
@@ -38,7 +39,7 @@ class DeltaGradient:
 
     G is reduced to S when the last gradient has arrived and is let go, so that a step without
     accumulation holds one G at a time. Several processes wait with it until `finish`, called for one matrix after
-    another: what one of them passes over (an expert, a dropped layer) would pair the G of different matrices.
+    another: what one of them leaves out (an expert, a dropped layer) would pair the G of different matrices.
 
     Args:
         linear: the matrix; `linear.watcher` is set to this object until `finish`.
@@ -50,47 +51,69 @@ class DeltaGradient:
         self.linear, self.reduction, self.last_use_only = linear, reduction, last_use_only
         self.remaining = micro_batches
         self.awaited = 0
+        self.uses: list[tuple[Tensor, Tensor]] = []  # of this micro-batch: input and gradient of the output
         self.gradient: Tensor | None = None
         self.sensitivity: Tensor | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
         linear.watcher = self
 
-    def watch(self, x: Tensor, h: Tensor) -> None:
-        """Note one use of the matrix: input x (..., in) after dropout, output h (..., out)."""
+    def watch(self, x: Tensor, h: Tensor, factors: Views) -> None:
+        """Note one use of the matrix: input x (tokens, in) after dropout, output h (tokens, out), the factors of its update."""
         self.awaited += 1
+        self.factors = (factors.exact_A, factors.exact_B)
         h.register_hook(partial(self._arrive, x.detach()))
 
     def _arrive(self, x: Tensor, output_gradient: Tensor) -> None:
-        output_gradient = output_gradient.detach().flatten(0, -2)
-        if output_gradient.dtype == torch.float16:  # a loss scale would overflow the product
-            output_gradient = output_gradient.float()
-        gradient = output_gradient.t() @ x.flatten(0, -2).to(output_gradient.dtype)
-        gradient = gradient.to(self.linear.weight.dtype)
-        self.gradient = gradient if self.gradient is None or self.last_use_only else self.gradient.add_(gradient)
+        use = (x, output_gradient.detach())
+        self.uses = [use] if self.last_use_only else [*self.uses, use]
         self.awaited -= 1
         if self.awaited == 0:
             self.remaining -= 1
+            self._collect()
             if self.remaining == 0 and distributed.processes() == 1:
-                self._reduce(self.gradient)
+                self._reduce()
 
     @torch.no_grad()
-    def _reduce(self, gradient: Tensor) -> None:
-        self.sensitivity = sensitivity(self.linear.delta(), gradient, self.reduction)
-        self.gradient = None
+    def _collect(self) -> None:
+        """Add what the uses of this micro-batch give to G: one product, over the tokens of all of them."""
+        if not self.uses:
+            return
+        x, h = self.uses[0] if len(self.uses) == 1 else (torch.cat(several) for several in zip(*self.uses, strict=True))
+        if h.dtype == torch.float16:  # a loss scale would overflow the product
+            x, h = x.float(), h.float()
+        gradient = h.t() @ x
+        self.uses = []
+        if self.gradient is None or self.last_use_only:
+            self.gradient = gradient
+        else:  # in half precision, sums of several micro-batches would lose digits
+            self.gradient = self.gradient.to(self.linear.bank.like.dtype).add_(gradient)
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        if self.factors is None or self.gradient is None:
+            return
+        A, B = self.factors
+        self.sensitivity = sensitivity(B.t() @ A, self.gradient, self.reduction)
+        self.gradient = self.factors = None
 
     def finish(self) -> Tensor:
         """S of the step, a scalar; 0 for a matrix that took no part in it."""
         self.linear.watcher = None
-        gradient = self.gradient
+        self._collect()
         if distributed.processes() > 1:
-            own = torch.zeros_like(self.linear.weight) if gradient is None else gradient
-            gradient = distributed.mean(own)
-        if gradient is not None:
-            self._reduce(gradient)
-        return self.linear.weight.new_zeros(()) if self.sensitivity is None else self.sensitivity
+            like = self.linear.bank.like
+            own = like.new_zeros(self.linear.out_features, self.linear.in_features)
+            self.gradient = distributed.mean(own if self.gradient is None else self.gradient.to(like.dtype))
+            A, B = self.linear.bank.factors(self.linear.name)
+            self.factors = (A.detach(), B.t().detach())
+        self._reduce()
+        return self.linear.bank.like.new_zeros(()) if self.sensitivity is None else self.sensitivity
 
 
 class ImportanceScore:
     """Moving averages of sensitivity and uncertainty, from 0, and their product (the paper's score).
+
+    They stay on the device of S: reading them makes a GPU wait, which only a growth and a log line need.
 
     Args:
         matrices: names, in model order.
@@ -102,15 +125,16 @@ class ImportanceScore:
         self.sensitivity = torch.zeros(len(matrices), dtype=torch.float64)
         self.uncertainty = torch.zeros(len(matrices), dtype=torch.float64)
 
-    def update(self, sensitivities: Tensor) -> bool:
-        """One step of the averages with S (matrices,); a non-finite S changes nothing and returns False."""
-        S = sensitivities.to("cpu", torch.float64)
-        if not torch.isfinite(S).all():
-            return False
-        self.sensitivity = self.beta1 * self.sensitivity + (1 - self.beta1) * S
-        distance = (S - self.sensitivity).abs()
-        self.uncertainty = self.beta2 * self.uncertainty + (1 - self.beta2) * distance
-        return True
+    def update(self, sensitivities: Tensor) -> None:
+        """One step of the averages with S (matrices,); an S in which anything is not finite changes nothing."""
+        S = sensitivities.to(_exact_dtype(sensitivities))
+        finite = torch.isfinite(S).all()
+        before = self.sensitivity.to(S), self.uncertainty.to(S)
+        sensitivity = self.beta1 * before[0] + (1 - self.beta1) * S
+        distance = (S - sensitivity).abs()
+        uncertainty = self.beta2 * before[1] + (1 - self.beta2) * distance
+        self.sensitivity = torch.where(finite, sensitivity, before[0])
+        self.uncertainty = torch.where(finite, uncertainty, before[1])
 
     def scores(self) -> dict[str, float]:
         """score = sensitivity * uncertainty by matrix, in model order."""
@@ -121,3 +145,8 @@ class ImportanceScore:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sensitivity, self.uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
+
+
+def _exact_dtype(like: Tensor) -> torch.dtype:
+    """float64, which Apple's GPUs do not have."""
+    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -4,15 +4,14 @@ A method changes the model in place and says what should change in training; the
 It never sees the optimizer, scheduler, tracker, configuration, task or device:
 
     method.prepare(model, total_steps)                     # inject, set requires_grad
-    optimizer = AdamW(method.param_groups(model))
+    optimizer = AdamW(method.param_groups(model))          # also of parameters that train later, from `born` on
     for step in range(total_steps):                        # step = optimizer steps already taken
         set the learning rate of every group from (step, its `born`)
         method.begin_step(step)                            # arm what this step's gradients must tell
         for micro_batch in batch:
             (task_loss + method.extra_loss()).backward()
         clip gradients; if they are not finite, try the next batch for the same step
-        for group in method.before_step(step):             # gradients ready, weights old: growth
-            optimizer.add_param_group({"born": step + 1, **group})
+        method.before_step(step)                           # gradients ready, weights old: growth
         optimizer.step()
         method.after_step(step)                            # weights new, gradients alive: pruning
         optimizer.zero_grad()
@@ -82,13 +81,18 @@ class Method:
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer groups of (name, parameter) pairs; `decay` says whether weight decay applies.
 
-        By default everything that requires a gradient; biases and normalisation weights do not decay.
+        By default everything that requires a gradient; biases and normalisation weights do not decay. A group of
+        parameters that train only later says from which step on, `born`; until then they have no gradient.
         """
         groups: list[dict[str, Any]] = [{"params": [], "decay": True}, {"params": [], "decay": False}]
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[0 if decays(name, parameter) else 1]["params"].append((name, parameter))
         return [group for group in groups if group["params"]]
+
+    def later_parameters(self) -> list[nn.Parameter]:
+        """The parameters that begin to train after the start, in the order in which they do."""
+        return []
 
     def begin_step(self, step: int, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
         """Called before the first forward of a step, and again if the step is retried on another batch.
@@ -103,9 +107,8 @@ class Method:
         """Regulariser to add to the training loss once per step; never part of a reported task loss."""
         return 0.0
 
-    def before_step(self, step: int) -> list[dict[str, Any]]:
-        """Gradients are ready, weights are old: returns parameter groups to add (growth)."""
-        return []
+    def before_step(self, step: int) -> None:
+        """Gradients are ready, weights are old (IncreLoRA grows here)."""
 
     def after_step(self, step: int) -> None:
         """Weights are new, gradients alive (AdaLoRA prunes here)."""

@@ -95,8 +95,9 @@ class DeltaFormed(IncreLoRA):
             linear.__class__ = DeltaFormedLinear
 
     def orthogonal_penalty(self) -> Tensor:
-        rows = [torch.cat([c.A for c in linear.components]) for linear in self.linears.values()]
-        rows += [torch.cat([c.B for c in linear.components], dim=1).t() for linear in self.linears.values()]
+        bank = self.bank
+        pairs = [[bank.rows(name, i) for i in range(len(m.components))] for name, m in bank.matrices.items()]
+        rows = [torch.cat(several) for matrix in pairs for several in zip(*matrix, strict=True)]
         return torch.stack([torch.norm(R @ R.t() - torch.eye(len(R), device=R.device)) for R in rows]).mean()
 
 
@@ -152,8 +153,7 @@ def make_arm(name: str, options: argparse.Namespace, lengths: list[int] | None =
     tracker.start()
     run = Training(model, method, TASK, data, settings, tracker, 0, None)
     for growth in [0, *(DUE + i * GROWTH["interval"] for i in range(options.rank - 1))]:
-        for group in method.before_step(growth):  # of other methods: nothing
-            run.optimizer.add_param_group({"born": 1, "lr": 0.0, **group})
+        method.before_step(growth)  # of other methods: nothing
     if plain != name:
         model.compile()
     return Arm(run, step)

@@ -24,7 +24,8 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.groups import set_learning_rates
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LIMITS = {"learning rate": 1e-12, "score (relative)": 1e-6, "final update": 1e-7}
@@ -84,8 +85,9 @@ def set_components(method: IncreLoRA, tensors: dict[str, Tensor], prefix: str) -
     """Overwrite the newest component of every matrix that the trace has values for."""
     for name, linear in method.linears.items():
         if f"{prefix}.{name}.A" in tensors:
-            linear.components[-1].A.data.copy_(tensors[f"{prefix}.{name}.A"])
-            linear.components[-1].B.data.copy_(tensors[f"{prefix}.{name}.B"])
+            A, B = linear.bank.rows(name, -1)
+            A.data.copy_(tensors[f"{prefix}.{name}.A"])
+            B.data.copy_(tensors[f"{prefix}.{name}.B"].t())
 
 
 def replay(trace: dict, tensors: dict[str, Tensor]) -> Differences:
@@ -104,7 +106,7 @@ def replay(trace: dict, tensors: dict[str, Tensor]) -> Differences:
         return model(**batch).loss
 
     for step in range(total_steps):
-        set_learning_rates(optimizer, step, total_steps, settings)
+        set_learning_rates(optimizer, step, total_steps, settings.warmup_steps)
         compare_learning_rates(differences, optimizer, trace["lr"][step])
         batch = {name: tensors[f"data.{name}"][step] for name in ("input_ids", "attention_mask", "labels")}
         penalty = method.orthogonal_penalty().item()
@@ -122,7 +124,7 @@ def replay(trace: dict, tensors: dict[str, Tensor]) -> Differences:
 
 def compare_learning_rates(differences: Differences, optimizer: torch.optim.Optimizer, theirs: list[float]) -> None:
     """Group by group; a group that the trace does not have yet is a difference of its own size."""
-    ours = [group["lr"] for group in optimizer.param_groups]
+    ours = [group["lr"] for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
     differences.note("optimizer groups", len(ours), len(theirs))
     for a, b in zip(ours, theirs, strict=False):
         differences.note("learning rate", a, b)

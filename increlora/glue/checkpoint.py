@@ -27,7 +27,7 @@ from increlora.glue.results import with_moved_classes
 from increlora.method import Method
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2  # 2: components lie in the bank
 TENSOR = "tensor:"  # marks the place of a tensor in the JSON document
 
 
@@ -70,7 +70,10 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["increlora"])
             if header["format"] != FORMAT:
-                raise UserError(f"{path} is of checkpoint format {header['format']}, this code reads {FORMAT}")
+                raise UserError(
+                    f"{path} is of checkpoint format {header['format']}, this version reads {FORMAT}: use the version that "
+                    "wrote it, or run again with overwrite=true"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return _with_tensors(header["document"], tensors)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -221,38 +224,6 @@ def load_model_state(model: nn.Module, method: Method, state: Mapping[str, Any])
     with torch.no_grad():
         for name, tensor in state["weights"].items():
             current[name].copy_(tensor)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Groups with the names of their parameters, and the state of every parameter by name."""
-    groups, states = [], {}
-    for group in optimizer.param_groups:
-        groups.append({key: value for key, value in group.items() if key != "params"})
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            states[name] = dict(optimizer.state.get(parameter, {}))
-    return {"groups": groups, "states": states}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Rebuild groups and state by parameter name, whatever the groups were before."""
-    parameters = dict(model.named_parameters())
-    optimizer.param_groups.clear()
-    optimizer.state.clear()
-    for group in state["groups"]:
-        options = {key: value for key, value in group.items() if key != "param_names"}
-        optimizer.add_param_group({**options, "params": [(name, parameters[name]) for name in group["param_names"]]})
-    for name, values in state["states"].items():
-        if values:
-            optimizer.state[parameters[name]] = {
-                key: _like(value, parameters[name], key) for key, value in values.items()
-            }
-
-
-def _like(value: Any, parameter: nn.Parameter, key: str) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    # Adam's step counter keeps its own dtype
-    return value.to(parameter.device, value.dtype if key == "step" else parameter.dtype)
 
 
 def random_state() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from increlora import distributed
+from increlora import distributed, groups
 from increlora.errors import Interrupted, UserError, check_numbers
 from increlora.glue import checkpoint
 from increlora.glue.batching import collate, epoch_batches, evaluation_batches
@@ -25,7 +25,6 @@ from increlora.glue.stop_request import StopRequest
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Tracker
 from increlora.method import Method
-from increlora.schedule import multiplier
 from increlora.streams import derive_seed
 
 log = logging.getLogger(__name__)
@@ -167,21 +166,11 @@ class Progress:
 
 
 def make_optimizer(model: nn.Module, method: Method, settings: Settings) -> torch.optim.AdamW:
-    """AdamW over the method's groups; each carries `born` and the names of its parameters."""
-    groups = [_group(group, settings) for group in method.param_groups(model)]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-
-
-def _group(group: dict[str, Any], settings: Settings, born: int = 0) -> dict[str, Any]:
-    decay = settings.weight_decay if group["decay"] else 0.0
-    return {"born": born, "lr": 0.0, **group, "weight_decay": decay}
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, settings: Settings) -> None:
-    """Write the learning rate of this step into every group."""
-    for group in optimizer.param_groups:
-        factor = multiplier(step, group["born"], total_steps, settings.warmup_steps)
-        group["lr"] = settings.learning_rate * factor
+    """AdamW over the method's groups."""
+    parameters = groups.parameter_groups(method, model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, fused=True)
+    groups.adopt(optimizer, method, model)
+    return optimizer
 
 
 @dataclass
@@ -223,19 +212,19 @@ def take_step(
         scaler.scale(task_loss + method.extra_loss() if index == 0 else task_loss).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distributed.average_gradients(parameters)
-    loss = sum(value.item() for value in losses)  # only now: a GPU is not to be waited for in between
-    loss, stopping = distributed.mean(torch.tensor([loss, float(stop)], dtype=torch.float64)).tolist()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-    taken = math.isfinite(norm) and math.isfinite(loss)
+    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    # one reading for all of it, which is when a GPU is waited for
+    told = torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(float(stop))]).double()
+    loss, gradient_norm, stopping = distributed.mean(told).tolist()
+    taken = math.isfinite(gradient_norm) and math.isfinite(loss)
     if taken:
-        for group in method.before_step(step):
-            optimizer.add_param_group(_group(group, settings, born=step + 1))
+        method.before_step(step)
         scaler.step(optimizer)
         method.after_step(step)
     scaler.update()
     optimizer.zero_grad()
-    return StepReport(loss, norm, taken, stopping > 0)
+    return StepReport(loss, gradient_norm, taken, stopping > 0)
 
 
 # the loop
@@ -321,7 +310,7 @@ class Training:
     def _step(self, indices: list[int], stop: bool) -> StepReport:
         """One batch: train, count, evaluate, log, save."""
         progress, method, settings = self.progress, self.method, self.settings
-        set_learning_rates(self.optimizer, progress.step, self.total_steps, settings)
+        groups.set_learning_rates(self.optimizer, progress.step, self.total_steps, settings.warmup_steps)
         self.model.train()
         mine = self._parts(indices)[distributed.rank()]
         micro_batches = [_to(self.device, collate(self.data.train, part, self.pad_id)) for part in mine]
@@ -436,7 +425,7 @@ class Training:
         return {
             "progress": asdict(self.progress) | {"seconds": self._seconds()},
             "model": checkpoint.model_state(self.model, self.method),
-            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "optimizer": groups.state(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "random": distributed.gather(checkpoint.random_state()),
             "tracker": self.tracker.state_dict(),
@@ -448,7 +437,7 @@ class Training:
         self.progress = Progress(**{**state["progress"], "curve": curve})
         checkpoint.load_model_state(self.model, self.method, state["model"])
         self.model.to(self.device)
-        checkpoint.load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        groups.load_state(self.optimizer, self.model, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         checkpoint.load_random_state(state["random"][distributed.rank()])
 

@@ -1,17 +1,15 @@
 """A method in somebody else's training code: learning rates, new groups, several processes, whole checkpoints."""
 
 import io
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from increlora import distributed
+from increlora import distributed, groups
 from increlora.errors import UserError
 from increlora.method import Method
-from increlora.schedule import multiplier
 
 STATE = "increlora_state"  # the entry of model.state_dict() that holds what the weights alone do not say
 
@@ -27,22 +25,23 @@ class Growth:
             for micro_batch in micro_batches:
                 task_loss.backward()
             clip gradients
-            growth.before_step()                       # new parameter groups
+            growth.before_step()                       # ranks grow
             optimizer.step()
             growth.after_step()
             optimizer.zero_grad()
 
     *Learning rates* are `multiplier(step, born, total_steps, warmup_steps)` times the rate that a group had
-    when this object was made; new groups take the options of the first group that decays. No scheduler
-    is needed beside it. A step whose gradients are not finite changes nothing and is not counted.
+    when this object was made. The parameters that begin to train at a growth are in the optimizer from the start, with the
+    options of the first group that decays where it does not hold them yet. No scheduler is needed beside it. A step
+    whose gradients are not finite changes nothing and is not counted.
 
     *Checkpoints*: `model.state_dict()` carries one more entry, `increlora_state`. When a state is loaded into a
-    model that was prepared alike, the structure is rebuilt before the weights are read, and
-    `optimizer.load_state_dict` rebuilds its groups by parameter name; load the model first. Whatever saves
+    model that was prepared alike, the structure is restored before the weights are read, and
+    `optimizer.load_state_dict` orders its groups by parameter name; load both. Whatever saves
     and loads the two state dicts (Trainer, accelerate, `torch.save`) therefore resumes exactly.
 
-    *Several processes*: parameters that are born after the model was wrapped in DistributedDataParallel are
-    unknown to it; their gradients are averaged at the end of each backward.
+    *Several processes*: DistributedDataParallel does not know the parameters that begin to train after the start;
+    their gradients are averaged at the end of each backward.
 
     Args:
         method: prepared on `model`.
@@ -64,13 +63,14 @@ class Growth:
         self.skipped = 0  # steps that were not finite
         self.begun = self.scaled = False  # of the step under way
         self.finite: bool | None = None  # None until its gradients are complete
-        self.first_names = {name for name, _ in model.named_parameters()}
-        self.born: dict[str, nn.Parameter] = {}  # since then
         self.averages = False  # at the end of the backward under way
-        self.restored = False  # a model's state was loaded, perhaps without the optimizer's
+        self.loaded: set[str] = set()  # since the last step: the model's state, the optimizer's
         self._check_steps()
-        self._check_optimizer()
-        self._name_groups()
+        groups.adopt(optimizer, method, model)
+        # those that begin to train later: DistributedDataParallel shall leave them alone, also in a model that has grown
+        self.later = method.later_parameters()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        model._ddp_params_and_buffers_to_ignore = [names[id(p)] for p in self.later]  # type: ignore[assignment]
         self.hooks = [
             model.register_state_dict_post_hook(partial(_store, self)),
             model.register_load_state_dict_pre_hook(self._restore),
@@ -90,16 +90,17 @@ class Growth:
             scaler: multiplies the loss before backward (fp16).
 
         Raises:
-            UserError: the model's state was loaded and the optimizer's was not.
+            UserError: the state of the model or of the optimizer was loaded without the other.
         """
         if self.begun:
             return
-        if self.restored:
-            self._check_optimizer()
-            self.restored = False
-        for group in self.optimizer.param_groups:
-            factor = multiplier(self.step, group["born"], self.total_steps, self.warmup_steps)
-            group["lr"] = group["initial_lr"] * factor
+        if len(self.loaded) == 1:
+            raise UserError(
+                f"the state of the {self.loaded.pop()} was loaded, but not that of both model and optimizer: load the other "
+                "one too, as it was saved with this one"
+            )
+        self.loaded.clear()
+        groups.set_learning_rates(self.optimizer, self.step, self.total_steps, self.warmup_steps)
         self.scaled = scaler is not None and scaler.is_enabled()
         loss_scale = scaler.get_scale() if scaler is not None else 1.0
         self.method.begin_step(self.step, micro_batches, loss_scale)
@@ -109,14 +110,14 @@ class Growth:
         self.begun = True
 
     def before_step(self) -> bool:
-        """Gradients are complete and clipped: adds the new groups; returns whether the step counts."""
+        """Gradients are complete and clipped: ranks grow if it is time; returns whether the step counts."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if self.finite:
-            groups = self.method.before_step(self.step)
-            for group in groups:
-                self._add({"born": self.step + 1, **group})
-            if groups and any(ranks != self.method.ranks() for ranks in distributed.gather(self.method.ranks())):
+            allocations = len(self.method.allocations)
+            self.method.before_step(self.step)
+            grown = len(self.method.allocations) > allocations
+            if grown and any(ranks != self.method.ranks() for ranks in distributed.gather(self.method.ranks())):
                 raise UserError("the processes disagree about the ranks: start them with the same model and settings")
         elif not self.scaled:  # a scaler leaves the step out by itself
             self.optimizer.zero_grad(set_to_none=True)
@@ -146,52 +147,23 @@ class Growth:
                 "Growth the same total_steps"
             )
 
-    # the optimizer's groups
-
-    def _check_optimizer(self) -> None:
-        parameters = list(self.model.parameters())
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        missing = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in held]
-        foreign = held - {id(parameter) for parameter in parameters}
-        if missing or foreign:
-            raise UserError(
-                f"the optimizer lacks {len(missing)} trained parameters of the model and holds {len(foreign)} others. "
-                "Make it after method.prepare, over method.param_groups(model); where a model's state is loaded, "
-                "load the optimizer's too."
-            )
-
-    def _name_groups(self) -> None:
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for group in self.optimizer.param_groups:
-            group.setdefault("param_names", [names[id(parameter)] for parameter in group["params"]])
-            group.setdefault("initial_lr", group["lr"])
-            group.setdefault("born", 0)
-            if not group.get("decay", True):
-                group["weight_decay"] = 0.0
-
-    def _add(self, group: dict[str, Any]) -> None:
-        groups = self.optimizer.param_groups
-        like = next((existing for existing in groups if existing.get("decay", True)), groups[0])
-        options = {key: value for key, value in like.items() if key not in ("params", "param_names")}
-        self.optimizer.add_param_group({**options, "lr": 0.0, **group})
-        self._note_born(group["params"])
-
-    def _note_born(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self.born |= {name: parameter for name, parameter in named if name not in self.first_names}
+    # several processes
 
     def _queue_average(self, _: Tensor) -> None:
         # the penalty's gradient, before the step has begun, is the same everywhere
-        if self.begun and self.born and not self.averages:
+        if self.begun and not self.averages:
             self.averages = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
 
     def _average(self) -> None:
-        """Average the gradients of the born parameters; what earlier micro-batches left is a mean and stays as it is.
+        """Average the gradients of what trains since a growth; what earlier micro-batches left is a mean and stays as it is.
 
         A process may have passed some of them over (an expert, a dropped layer): there they count as 0.
         """
         self.averages = False
-        parameters = list(self.born.values())
+        parameters = [parameter for parameter in self.later if parameter.requires_grad]
+        if not parameters:
+            return
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
         parameters = [p for p, share in zip(parameters, distributed.mean(used).tolist(), strict=True) if share]
         for parameter in parameters:
@@ -214,26 +186,13 @@ class Growth:
             )
         self.method.load_state_dict(state["method"])
         self.step, self.skipped = state["step"], state["skipped"]
-        self.begun, self.finite, self.restored = False, None, True
-        born = [name for name, _ in self.model.named_parameters() if name not in self.first_names]
-        # what DistributedDataParallel goes by when it wraps a model that has grown already
-        self.model._ddp_params_and_buffers_to_ignore = born  # type: ignore[assignment]
+        self.begun, self.finite = False, None
+        self.loaded.add("model")
 
     def _regroup(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Give the optimizer the saved groups, by parameter name; their options and states follow."""
-        parameters = dict(self.model.named_parameters())
-        names = [group.get("param_names", [""]) for group in state_dict["param_groups"]]
-        unknown = [name for group in names for name in group if name not in parameters]
-        if unknown:
-            raise UserError(
-                f"the optimizer's checkpoint has {len(unknown)} parameters that the model lacks. "
-                "Load the model's state before the optimizer's; both must have been saved with Growth."
-            )
-        optimizer.param_groups.clear()
-        for group in names:
-            named = [(name, parameters[name]) for name in group]
-            optimizer.add_param_group({"params": named})
-            self._note_born(named)
+        self.loaded.add("optimizer")
+        groups.rebuild(optimizer, self.model, [group.get("param_names", [""]) for group in state_dict["param_groups"]])
 
 
 def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

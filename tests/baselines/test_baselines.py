@@ -17,7 +17,8 @@ from baselines.controls import RESULT_FILE, RandomGrowth, ShuffledPattern, Stati
 from baselines.lora import LoRA
 from increlora.errors import UserError
 from increlora.glue import results
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.groups import set_learning_rates
 
 STEPS = 40
 SETTINGS = Settings(learning_rate=1e-2, warmup_steps=5, batch_size=8, device="cpu")
@@ -34,7 +35,7 @@ def go(model, method, optimizer, steps: range, total: int = STEPS, watch=None) -
     scaler, batches = torch.amp.GradScaler("cpu", enabled=False), tiny_batches(total)
     model.train()
     for step in steps:
-        set_learning_rates(optimizer, step, total, SETTINGS)
+        set_learning_rates(optimizer, step, total, SETTINGS.warmup_steps)
         assert take_step(step, [batches[step]], lambda b: model(**b).loss, method, optimizer, SETTINGS, scaler).taken
         if watch:
             watch(step)

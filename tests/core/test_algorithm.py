@@ -10,7 +10,8 @@ from conftest import ROOT, TINY_KINDS, tiny_batches
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.glue import results
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.groups import set_learning_rates
 from increlora.linear import IncrementalLinear
 
 STEPS = 40
@@ -29,7 +30,7 @@ def run(model, method: IncreLoRA, steps: int = STEPS, watch=None) -> torch.optim
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     model.train()
     for step, batch in enumerate(tiny_batches(steps)):
-        set_learning_rates(optimizer, step, steps, settings)
+        set_learning_rates(optimizer, step, steps, settings.warmup_steps)
         take_step(step, [batch], lambda b: model(**b).loss, method, optimizer, settings, scaler)
         if watch:
             watch(step, optimizer)
@@ -72,9 +73,17 @@ def test_impossible_values_are_refused(tiny_deberta, changes, said):
     assert said in str(error.value)
 
 
-def test_groups_are_born_the_step_after_and_no_parameter_is_in_two(tiny_deberta):
-    optimizer = run(tiny_deberta, increlora())
+def test_every_parameter_is_in_one_group_from_the_start_and_trains_from_its_birth_on(tiny_deberta):
+    method, began = increlora(), {}
+
+    def watch(step, optimizer):
+        for number, group in enumerate(optimizer.param_groups):
+            if any(parameter in optimizer.state for parameter in group["params"]):
+                began.setdefault(number, step)
+
+    optimizer = run(tiny_deberta, method, watch=watch)
     assert [group["born"] for group in optimizer.param_groups] == [0, 0, 1, 11, 16, 21]
+    assert list(began.values()) == [0, 0, 1, 11, 16, 21]
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     assert len(names) == len(set(names))
     by_name = dict(tiny_deberta.named_parameters())
@@ -90,20 +99,40 @@ def test_without_restart_warmup_new_groups_follow_the_first_schedule(tiny_debert
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
 
+def reserves(method: IncreLoRA) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of A and the transposed B of every matrix's reserve, the component after the active ones."""
+    return {
+        name: tuple(rows.detach().clone() for rows in method.bank.rows(name, matrix.active))
+        for name, matrix in method.bank.matrices.items()
+    }
+
+
 def test_reserve_is_made_at_step_zero_learns_with_frozen_lambda_and_is_silenced_at_the_end(tiny_deberta):
-    method, seen = increlora(), {}
+    method, seen, reaches = increlora(), {}, {}
 
     def watch(step, optimizer):
         if step in (0, 9, 25):
-            seen[step] = {n: copy.deepcopy(linear.reserve) for n, linear in method.linears.items()}
+            seen[step] = reserves(method)
+            reaches[step] = [matrix.reserve_learns for matrix in method.bank.matrices.values()]
 
     run(tiny_deberta, method, watch=watch)
+    assert all(reaches[0] + reaches[9]) and not any(reaches[25])  # the budget is spent at step 20
+    last = reserves(method)
     for name in method.linears:
-        assert seen[0][name].lambda_.tolist() == seen[9][name].lambda_.tolist() == [1e-5]
-        assert not torch.equal(seen[0][name].A, seen[9][name].A)  # learned in advance
-        assert not torch.equal(seen[0][name].B, seen[9][name].B)
-        assert seen[25][name].lambda_.tolist() == [0.0]  # the budget is spent at step 20
-        assert not torch.equal(seen[25][name].A, method.linears[name].reserve.A)  # the penalty goes on
+        assert not torch.equal(seen[0][name][0], seen[9][name][0])  # learned in advance
+        assert not torch.equal(seen[0][name][1], seen[9][name][1])
+        assert not torch.equal(seen[25][name][0], last[name][0])  # the penalty goes on
+    lambdas = [n for n, p in tiny_deberta.named_parameters() if n.endswith("lambda_") and p.requires_grad]
+    assert sum(tiny_deberta.get_parameter(name).numel() for name in lambdas) == 24  # of the ranks, not of reserves
+
+
+def test_a_new_rank_starts_with_the_lambda_of_its_reserve(tiny_deberta):
+    method = increlora(reserve_lambda=0.25)
+    method.prepare(tiny_deberta, STEPS)
+    for step in (0, 10):
+        method.before_step(step)
+    grown = [name for name, rank in method.ranks().items() if rank == 2]
+    assert len(grown) == 5 and all(method.bank.lambdas(name).tolist() == [0.0, 0.25] for name in grown)
 
 
 def test_without_advance_learning_the_reserve_waits_inert(tiny_deberta):
@@ -111,28 +140,36 @@ def test_without_advance_learning_the_reserve_waits_inert(tiny_deberta):
 
     def watch(step, optimizer):
         if step in (0, 9):
-            seen[step] = {n: copy.deepcopy(linear.reserve) for n, linear in method.linears.items()}
+            seen[step] = reserves(method)
 
     optimizer = run(tiny_deberta, method, watch=watch)
-    assert all(torch.equal(seen[0][n].A, seen[9][n].A) and seen[9][n].lambda_.item() == 0 for n in method.linears)
+    assert all(torch.equal(seen[0][n][0], seen[9][n][0]) for n in method.linears)
     assert method.total_rank == 24
-    # a chosen component trains whole: A, B and lambda of five matrices
-    assert len(optimizer.param_groups[2]["params"]) == 15 and optimizer.param_groups[2]["born"] == 11
+    # a chosen component trains whole: rows of both widths and lambdas, in the group of its growth
+    assert [group["born"] for group in optimizer.param_groups] == [0, 0, 11, 16, 21]
+    for number, allocation in enumerate(method.allocations):
+        for name in allocation.added:
+            component = next(c for c in method.bank.matrices[name].components[1:] if c.lambda_group == number + 2)
+            assert component.group == number + 2
 
 
 def test_what_one_matrix_draws_does_not_depend_on_the_growth_of_others(tiny_deberta):
-    models = [tiny_deberta, copy.deepcopy(tiny_deberta)]
-    methods = [increlora(), increlora(top_h=2)]
-    for model, method in zip(models, methods, strict=True):
-        method.prepare(model, 100)
+    """Every reserve of a matrix is the same, however often and beside whom it grew."""
+    drawn = []
+    for top_h in (5, 2):
+        method, model = increlora(top_h=top_h, target_rank=3, rank_step=1, orth_weight=0.0), copy.deepcopy(tiny_deberta)
+        method.prepare(model, 1000)
         method.before_step(0)
-    a, b = (m.linears["deberta.encoder.layer.1.output.dense"] for m in methods)
-    methods[0]._activate("deberta.encoder.layer.0.output.dense")
-    methods[0]._add_reserve("deberta.encoder.layer.0.output.dense")
-    for method, linear in zip(methods, (a, b), strict=True):
-        linear.activate_reserve()
-        method._add_reserve("deberta.encoder.layer.1.output.dense")
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+        for step in range(10, 1000, 5):
+            method.before_step(step)
+        rows = {
+            (name, index): method.bank.rows(name, index)
+            for name, matrix in method.bank.matrices.items()
+            for index in range(len(matrix.components))
+        }
+        drawn.append({key: tuple(part.tolist() for part in parts) for key, parts in rows.items()})
+    shared = set(drawn[0]) & set(drawn[1])
+    assert len(shared) > 24 and all(drawn[0][key] == drawn[1][key] for key in shared)
 
 
 def test_parameters_by_kind_are_counted_truly(tiny_deberta):
@@ -146,8 +183,11 @@ def test_parameters_by_kind_are_counted_truly(tiny_deberta):
     reserve = sum(linear.in_features + linear.out_features for linear in method.linears.values())
     assert counts["update"] == update and counts["reserve"] == reserve
     assert counts["head"] == 16 * 16 + 16 + 16 * 2 + 2
-    trained = sum(p.numel() for p in tiny_deberta.parameters() if p.requires_grad)
-    assert counts["update"] + counts["reserve"] + counts["head"] == trained
+    # nothing else moves: the optimizer's tensors hold zeros beside them
+    held = sum(int((p != 0).sum()) for p in method.bank.parameters())
+    assert held == update + reserve
+    frozen = sum(p.numel() for n, p in tiny_deberta.named_parameters() if ".base." in n or not p.requires_grad)
+    assert counts["total"] == frozen + counts["head"] + update + reserve
 
 
 def test_state_round_trip_rebuilds_structure_weights_and_scores(tiny_deberta):
@@ -188,13 +228,13 @@ def test_frozen_weights_do_not_move(tiny_deberta):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_only_the_window_before_each_growth_is_scored():
+def test_only_the_window_before_each_growth_is_scored(tiny_deberta):
     method = increlora(scoring_window="auto")
     assert method.window == 57 and 0.85**57 < 1e-4 < 0.85**56
     assert increlora(beta1=0.5, beta2=0.9, scoring_window="auto").window == 88  # ln 1e-4 / ln 0.9 = 87.4
     assert increlora(scoring_window="all").window == float("inf")
     method = increlora(scoring_window=2)
-    method.linears, method.allocator = {}, method.schedule(12, STEPS)
+    method.prepare(tiny_deberta, STEPS)
     assert [step for step in range(21) if method.scores_at(step)] == [9, 10, 14, 15, 19, 20]
 
 
@@ -240,12 +280,22 @@ def test_the_penalty_is_no_part_of_the_score_or_of_the_reported_loss(tiny_debert
     for model, weight in ((tiny_deberta, 0.0), (other, 10.0)):
         method = increlora(orth_weight=weight)
         method.prepare(model, STEPS)
-        for linear in method.linears.values():
-            linear.components[0].lambda_.data.fill_(1.0)
+        method.bank.all_groups[0].lambda_.data.fill_(1.0)
         method.begin_step(0)
         (model(**batch).loss + method.extra_loss()).backward()
         sensitivities.append(torch.stack([w.finish() for w in method.watchers]))
     torch.testing.assert_close(sensitivities[0], sensitivities[1])
+
+
+def test_the_last_growth_takes_what_is_left_of_the_budget(tiny_deberta):
+    """84 ranks by steps of 5: 16 matrices gain 5, one gains 4."""
+    method = increlora(target_rank=8, rank_step=5, top_h=6)
+    run(tiny_deberta, method)
+    assert method.total_rank == 96 == sum(method.ranks().values())
+    gained = [rank for allocation in method.allocations for rank in allocation.added.values()]
+    assert sorted(gained) == [4] + [5] * 16
+    plan = method.planned_ranks()
+    assert plan == {0: 12, 10: 42, 15: 72, 20: 96}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +307,6 @@ def test_the_penalty_is_no_part_of_the_score_or_of_the_reported_loss(tiny_debert
         ({"scoring_window": "some"}, "scoring_window must be auto, all or a number above 0"),
         ({"matrices": ["query", "quary"]}, "quary; the backbone has: query, key"),
         ({"kinds": {"query": r".*\.q_proj"}}, "no linear layer matches matrix kind 'query'"),
-        ({"target_rank": 8, "rank_step": 5}, "= 84 ranks"),
         ({"interval": 20, "top_h": 1}, "the growth schedule does not fit: 12 growths"),
     ],
 )

@@ -7,7 +7,8 @@ from torch import nn
 
 from increlora.algorithm import IncreLoRA
 from increlora.importance import DeltaGradient, ImportanceScore, sensitivity
-from increlora.linear import Component, IncrementalLinear
+from increlora.bank import Bank, GroupSize
+from increlora.linear import IncrementalLinear
 
 
 def test_sensitivity_by_hand():
@@ -20,10 +21,10 @@ def test_sensitivity_by_hand():
 
 def test_averages_by_hand():
     score = ImportanceScore(["a", "b"], beta1=0.5, beta2=0.8)
-    assert score.update(torch.tensor([4.0, 0.0]))
+    score.update(torch.tensor([4.0, 0.0]))
     # a: I = .5*0 + .5*4 = 2; U = .8*0 + .2*|4 - 2| = .4; score .8
     assert score.scores() == pytest.approx({"a": 0.8, "b": 0.0})
-    assert score.update(torch.tensor([1.0, 2.0]))
+    score.update(torch.tensor([1.0, 2.0]))
     # a: I = .5*2 + .5*1 = 1.5; U = .8*.4 + .2*|1 - 1.5| = .42; b: I = 1, U = .2
     assert score.scores() == pytest.approx({"a": 1.5 * 0.42, "b": 1.0 * 0.2})
 
@@ -33,16 +34,16 @@ def test_a_non_finite_sensitivity_changes_nothing(bad):
     score = ImportanceScore(["a", "b"], 0.85, 0.85)
     score.update(torch.tensor([1.0, 2.0]))
     before = score.scores()
-    assert not score.update(torch.tensor([1.0, bad]))
+    score.update(torch.tensor([1.0, bad]))
     assert score.scores() == before
 
 
 def grown_linear(inputs: int = 5, outputs: int = 3, rank: int = 2) -> IncrementalLinear:
-    generator = torch.Generator().manual_seed(1)
-    linear = IncrementalLinear(nn.Linear(inputs, outputs).double(), alpha=4.0)
-    for _ in range(rank):
-        linear.add_active(Component(1, linear.base, 0.7, generator))
-    return linear
+    bank = Bank({"m": (outputs, inputs)}, [GroupSize({inputs: rank, outputs: rank}, rank)], alpha=4.0, dtype=torch.float64)
+    bank.add_active("m", rank, 0, torch.Generator().manual_seed(1))
+    bank.all_groups[0].lambda_.data.fill_(0.7)
+    bank.release(0)
+    return IncrementalLinear(nn.Linear(inputs, outputs).double(), bank, "m")
 
 
 def dense_gradient(linear: IncrementalLinear, loss_of_weight) -> torch.Tensor:
@@ -99,6 +100,20 @@ def test_an_unused_output_and_an_unused_matrix_do_no_harm():
     assert DeltaGradient(linear, 1, "sqrt", last_use_only=False).finish() == 0
 
 
+def test_half_precision_keeps_the_digits_of_the_score():
+    linear = grown_linear(64, 48).float()
+    linear.bank.float()
+    x = torch.randn(256, 64)
+    watcher = DeltaGradient(linear, 2, "sqrt", last_use_only=False)
+    for part in x.chunk(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = linear(part)
+        h.float().pow(2).sum().backward()
+    bias = linear.base.bias
+    expected = sensitivity(linear.delta(), dense_gradient(linear, lambda w: (x @ w.T + bias).pow(2).sum()))
+    torch.testing.assert_close(watcher.finish(), expected.detach(), rtol=0.01, atol=0)
+
+
 def test_gradient_checkpointing_gives_the_same_sensitivity():
     from torch.utils.checkpoint import checkpoint
 
@@ -120,8 +135,8 @@ def test_score_of_every_matrix_of_a_deberta_against_the_gradient_of_its_pretrain
     """An independent computation: d(loss)/d(delta) = d(loss)/d(W0), which autograd gives when W0 is unfrozen."""
     method = IncreLoRA(kinds=TINY_KINDS, target_rank=2, top_h=2, interval=5, init_warmup=5)
     method.prepare(tiny_deberta, 100)
+    method.bank.all_groups[0].lambda_.data.fill_(3.0)
     for linear in method.linears.values():
-        linear.components[0].lambda_.data.fill_(3.0)
         linear.base.weight.requires_grad_(True)
     method.begin_step(0)
     tiny_deberta(**tiny_batches(1)[0]).loss.backward()

@@ -5,7 +5,8 @@ import torch
 from test_backbone import ARCHITECTURES, small
 
 from increlora.algorithm import IncreLoRA
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.groups import set_learning_rates
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -20,7 +21,7 @@ def test_a_grown_model_merges_exactly(name):
     ids = torch.randint(4, 60, (20, 8, 12))
     model.train()
     for step, batch in enumerate(ids):
-        set_learning_rates(optimizer, step, 20, settings)
+        set_learning_rates(optimizer, step, 20, settings.warmup_steps)
         labels = batch[:, 1] % 2
         take_step(
             step, [batch], lambda b, y=labels: model(input_ids=b, labels=y).loss, method, optimizer, settings, scaler

@@ -11,7 +11,8 @@ from conftest import TINY_KINDS, tiny_batches
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue.loop import Settings, evaluate, make_optimizer, predict, set_learning_rates, take_step, train
+from increlora.glue.loop import Settings, evaluate, make_optimizer, predict, take_step, train
+from increlora.groups import set_learning_rates
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Tracker
 from increlora.method import Method
@@ -171,7 +172,7 @@ def test_scores_are_free_of_the_loss_scale(tiny_deberta):
         method.prepare(model, 30)
         optimizer = make_optimizer(model, method, settings())
         for step, batch in enumerate(tiny_batches(4)):
-            set_learning_rates(optimizer, step, 30, settings())
+            set_learning_rates(optimizer, step, 30, settings().warmup_steps)
             report = take_step(step, [batch], lambda b, m=model: m(**b).loss, method, optimizer, settings(), scaler)
             assert report.taken
         scores.append(method.scores())

@@ -23,7 +23,8 @@ from baselines.adalora import AdaLoRA
 from baselines.controls import RandomGrowth
 from baselines.lora import LoRA
 from increlora import Growth, IncreLoRA, UserError, multiplier, save_peft_adapter
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.groups import set_learning_rates
 from increlora.linear import IncrementalLinear
 from increlora.method import Method
 
@@ -67,8 +68,7 @@ def by_hand(model, method) -> torch.optim.Optimizer:
         method.begin_step(step)
         (model(ids, labels=ids).loss + method.extra_loss()).backward()
         clip_grad_norm_(model.parameters(), 1.0)
-        for group in method.before_step(step):
-            optimizer.add_param_group({"born": step + 1, **group})
+        method.before_step(step)
         optimizer.step()
         method.after_step(step)
         optimizer.zero_grad()
@@ -147,7 +147,7 @@ def test_a_decoder_without_a_head_trains_its_matrices_only(llama):
     by_hand(llama, method)
     assert {name.split(".", 3)[3] for name in method.ranks()} == SEVEN and len(method.ranks()) == 14
     assert method.total_rank == method.allocator.budget == 28
-    assert all(".components." in name for name, p in llama.named_parameters() if p.requires_grad)
+    assert all(name.startswith("increlora_bank.") for name, p in llama.named_parameters() if p.requires_grad)
     assert method.parameters_by_kind(llama)["head"] == 0
     now = {name.replace(".base.", "."): p for name, p in llama.named_parameters()}
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
@@ -233,7 +233,7 @@ def test_a_loop_by_hand_does_what_our_step_does(llama):
     optimizer = make_optimizer(llama, method, given)
     llama.train()
     for step, ids in enumerate(rows()):
-        set_learning_rates(optimizer, step, STEPS, given)
+        set_learning_rates(optimizer, step, STEPS, given.warmup_steps)
         off = torch.amp.GradScaler("cpu", enabled=False)
         take_step(step, [ids], lambda x: llama(x, labels=x).loss, method, optimizer, given, off)
     again = decoder()
@@ -297,7 +297,7 @@ def test_what_must_not_decay_does_not(tiny_deberta):
     method.prepare(tiny_deberta, STEPS)
     optimizer = torch.optim.AdamW(method.param_groups(tiny_deberta), weight_decay=0.3)
     Growth(method, tiny_deberta, optimizer, STEPS, WARMUP)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    assert [g["weight_decay"] for g in optimizer.param_groups][:3] == [0.3, 0.0, 0.3]
     assert optimizer.param_groups[1]["param_names"] == ["pooler.dense.bias", "classifier.bias"]
 
 
@@ -356,28 +356,36 @@ def test_merged_the_state_dict_is_the_plain_models(llama):
 def test_an_optimizer_of_another_model_or_order_is_refused(llama):
     other = copy.deepcopy(llama)
     early = torch.optim.AdamW(llama.parameters())
-    with pytest.raises(UserError, match=r"lacks 42 trained parameters .* holds 0 others\. Make it after"):
-        growing(llama, optimizer=early)  # A, lambda and B of 14 matrices
-    with pytest.raises(UserError, match=r"lacks 42 trained parameters .* holds 21 others"):
+    with pytest.raises(UserError, match=r"lacks 3 trained parameters .* holds 0 others\. Make it after"):
+        growing(llama, optimizer=early)  # rows of two widths, lambdas
+    with pytest.raises(UserError, match=r"lacks 3 trained parameters .* holds 21 others"):
         growing(other, optimizer=torch.optim.AdamW(type(llama)(llama.config).parameters()))
 
 
-def test_a_model_whose_optimizer_was_left_behind_is_not_trained(llama):
+def test_an_optimizer_over_what_trains_at_the_start_is_completed(llama):
+    """Groups of one's own: what begins to train at a growth is in the optimizer from the start, and moves only then."""
+    method = decoder()
+    method.prepare(llama, STEPS)
+    optimizer = torch.optim.AdamW([p for p in llama.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    other = copy.deepcopy((llama, method))
+    grow(llama, Growth(method, llama, optimizer, STEPS, WARMUP))
+    usual = torch.optim.AdamW(other[1].param_groups(other[0]), lr=RATE, weight_decay=0.0)
+    grow(other[0], Growth(other[1], other[0], usual, STEPS, WARMUP))
+    same(llama, other[0])
+
+
+@pytest.mark.parametrize("which", ["model", "optimizer"])
+def test_a_state_that_is_loaded_by_half_is_not_trained_on(llama, which):
     other = copy.deepcopy(llama)
     growth = growing(llama)
     grow(llama, growth, 10)
     again = growing(other)
-    other.load_state_dict(llama.state_dict())
-    with pytest.raises(UserError, match="where a model's state is loaded, load the optimizer's too"):
+    if which == "model":
+        other.load_state_dict(llama.state_dict())
+    else:
+        again.optimizer.load_state_dict(growth.optimizer.state_dict())
+    with pytest.raises(UserError, match=f"the state of the {which} was loaded, but not"):
         again.begin_step()
-
-
-def test_the_optimizers_state_before_the_models_is_refused(llama):
-    other = copy.deepcopy(llama)
-    growth = growing(llama)
-    grow(llama, growth, 10)
-    with pytest.raises(UserError, match=r"Load the model's state before the optimizer's"):
-        growing(other).optimizer.load_state_dict(growth.optimizer.state_dict())
 
 
 # examples

@@ -154,15 +154,16 @@ def test_an_adapter_loads_by_itself(bases, tmp_path, monkeypatch):
 @only["increlora"]
 def test_a_reserve_that_learns_is_kept(case, tmp_path):
     run = finished_run.load(case.run_dir, "last", [case.where])
-    assert not any(linear.reserve_learns for linear in run.method.linears.values())  # the budget is spent
-    for linear in run.method.linears.values():  # as in the growing phase, the reserve's A and B of norm 1
-        reserve = linear.reserve
-        torch.nn.init.orthogonal_(reserve.A)
-        torch.nn.init.orthogonal_(reserve.B)
-        reserve.lambda_.data.fill_(1e-5)
-        silent = linear.factors()
-        linear.set_structure(linear.active, reserve_learns=True)
-        torch.testing.assert_close(silent[0], linear.factors()[0][:-1])
+    bank = run.method.bank
+    assert not any(matrix.reserve_learns for matrix in bank.matrices.values())  # the budget is spent
+    bank.reserve_lambda = 1e-5
+    for name, matrix in bank.matrices.items():  # as in the growing phase, the reserve's A and B of norm 1
+        for rows in bank.rows(name, matrix.active):
+            torch.nn.init.orthogonal_(rows)
+        silent = bank.factors(name)
+        matrix.reserve_learns = True
+        torch.testing.assert_close(silent[0], bank.factors(name)[0][:-1])
+    bank.changed()
     ranks = run.method.ranks()
     assert {name: len(A) for name, (A, _) in run.method.factors().items()} == {n: r + 1 for n, r in ranks.items()}
     with_reserves = forward(run)

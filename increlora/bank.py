@@ -1,0 +1,506 @@
+"""All components of all matrices in few tensors, gathered once per forward.
+
+The update of a matrix is delta = alpha / rank * B diag(lambda) A, a sum of components (arXiv 2308.12043). What costs on a
+GPU with short sentences is the number of operations, not their size. So the components do not lie with their matrices:
+
+- One allocation (the start, the reserves of step 0, each growth) brings one group of tensors: for every width one of rows,
+  and one vector of lambdas. A row is a row of A (as wide as a matrix's input) or a column of B (as its output). A
+  learning-rate schedule belongs to a Parameter, and an allocation is what shares a schedule.
+- Which rows belong to which matrix is an index, a list of integers. Growth writes to it and releases the tensors of its
+  group. All tensors exist from the start (the number of growths and what each brings are known), so shapes never change:
+  optimizers, schedulers and checkpoints need no surgery. The price: a growth holds rows for whichever matrices could be
+  chosen, up to three times what it uses (DeBERTaV3-base at r8: some 10 MB beside 735 MB of weights).
+- In a forward pass the first matrix that computes gathers the factors of all: per width one concatenation, one reordering
+  into model order, lambda and alpha / rank folded in once, one split into views. Every matrix takes its views.
+
+Views are graph, not state. They live for one pass: the outermost call of a module that holds all matrices, or one backward
+(activation checkpointing computes again in there). Outside of a pass, a matrix takes its own rows in every call.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+INIT_STD = 0.02
+NO_GROUP = -1  # the lambda of a component in reserve is a constant, and in no group
+
+
+@dataclass
+class Component:
+    """One addend of a matrix's update: `rank` rows of A, as many columns of B, as many lambdas.
+
+    Args:
+        group: number of the group that holds its rows.
+        A_row, B_row: the first of them, in the group's tensors of the matrix's input and output width.
+        lambda_group, lambda_row: the same for its lambdas; `NO_GROUP` while it is in reserve.
+    """
+
+    rank: int
+    group: int
+    A_row: int
+    B_row: int
+    lambda_group: int = NO_GROUP
+    lambda_row: int = 0
+
+
+@dataclass
+class Matrix:
+    """The components of one matrix: the active ones first, then at most one in reserve.
+
+    Args:
+        reserve_learns: whether the component in reserve reaches the output.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    components: list[Component] = field(default_factory=list)
+    active: int = 0
+    reserve_learns: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of the active components."""
+        return sum(component.rank for component in self.components[: self.active])
+
+    @property
+    def used(self) -> list[Component]:
+        """What reaches the output."""
+        return self.components[: self.active + self.reserve_learns]
+
+    @property
+    def reserve(self) -> Component | None:
+        """The component that learns in advance, or waits inert."""
+        return self.components[self.active] if len(self.components) > self.active else None
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """How many rows of every width a group holds, and how many lambdas."""
+
+    rows: Mapping[int, int]
+    lambdas: int
+
+
+class ComponentGroup(nn.Module):
+    """The tensors that one allocation brings: `rows` by width, (rows, width), and `lambda_`, (lambdas,).
+
+    All are zero and frozen until the allocation. Rows that no matrix takes stay zero.
+    """
+
+    def __init__(self, size: GroupSize, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.rows = nn.ParameterDict({str(width): zeros(rows, width) for width, rows in size.rows.items()})
+        self.lambda_ = zeros(size.lambdas) if size.lambdas else None
+        self.next_row: dict[str, int] = {}  # by width, or "lambda_"
+
+    @property
+    def trains(self) -> bool:
+        """Whether its allocation has come, and its tensors train."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Back to the start: nothing is taken, nothing trains, all is zero."""
+        self.next_row = {}
+        for parameter in self.requires_grad_(False).parameters():
+            parameter.zero_()
+            parameter.grad = None
+
+    def take(self, what: str, rows: int) -> int:
+        """The first of so many rows that are free."""
+        first = self.next_row.get(what, 0)
+        self.next_row[what] = first + rows
+        return first
+
+
+class Views(NamedTuple):
+    """The factors of one matrix: A (r, in), scales folded in, and B transposed (r, out).
+
+    `A` and `B` are in the dtype of the product; `exact_A` and `exact_B` are the same values before rounding, without graph.
+    """
+
+    A: Tensor
+    exact_A: Tensor
+    B: Tensor
+    exact_B: Tensor
+
+
+@dataclass
+class _Index:
+    """How the rows of one width become the factors of its matrices, on one device."""
+
+    factors: list[tuple[str, str]]  # (A or B, matrix), in model order
+    groups: list[int]  # whose tensors are concatenated, with a row of zeros at the end
+    places: Tensor  # the rows of the concatenation that reach outputs, factor by factor
+    sizes: list[int]  # how many of them belong to each factor
+    lambdas: Tensor  # where the lambda of each row of A lies; rows of B have the constant 1
+    scale: Tensor  # alpha / rank of each row of A, 1 of each row of B; (rows, 1)
+    stack: Tensor  # the rows of the penalty's stack, (factors * largest rank,)
+    identities: Tensor  # (factors, largest rank, largest rank), zero where a factor has no row
+
+
+class Bank(nn.Module):
+    """The components of all adapted matrices.
+
+    Args:
+        shapes: (out, in) of every matrix by name, in model order.
+        groups: the size of the group that each allocation brings, in order.
+        alpha: scale of the update, divided by the rank (so growing rescales the old components).
+        rank_epsilon: added to the rank in that division (the authors' code: 1e-5).
+        reserve_lambda: lambda of a component in reserve.
+        multiple: the rows that reach an output are filled up with zeros to a multiple of this.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        groups: Sequence[GroupSize],
+        *,
+        alpha: float,
+        rank_epsilon: float = 0.0,
+        reserve_lambda: float = 0.0,
+        multiple: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        self.matrices = {name: Matrix(name, width, height) for name, (height, width) in shapes.items()}
+        self.alpha, self.rank_epsilon, self.reserve_lambda = alpha, rank_epsilon, reserve_lambda
+        self.groups = nn.ModuleList(ComponentGroup(size, dtype, torch.device(device)) for size in groups)
+        self.multiple = multiple
+        self.depth = 0  # of calls under way of modules that hold all matrices
+        self.changed()
+
+    # structure
+
+    @property
+    def all_groups(self) -> list[ComponentGroup]:
+        """The groups, by number."""
+        return cast(list[ComponentGroup], list(self.groups))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the bank's dtype and device."""
+        return next(self.parameters())
+
+    def add_active(self, name: str, rank: int, group: int, generator: torch.Generator) -> None:
+        """Give a matrix a component that is part of its rank from now on; its lambdas are 0."""
+        matrix = self.matrices[name]
+        component = self._placed(matrix, rank, group)
+        self._draw(matrix, component, generator)
+        self._give_lambdas(component, group, 0.0)
+        matrix.components.append(component)
+        matrix.active += 1
+        self.changed()
+
+    def add_reserve(
+        self, name: str, rank: int, group: int, generator: torch.Generator, learns: bool, place: Component | None = None
+    ) -> None:
+        """Give a matrix a component outside its rank: with lambda frozen at `reserve_lambda`, or inert.
+
+        Args:
+            place: lie there, where another one has been.
+        """
+        matrix = self.matrices[name]
+        assert matrix.reserve is None, "a matrix has at most one component in reserve"
+        component = place or self._placed(matrix, rank, group)
+        self._draw(matrix, component, generator)
+        matrix.components.append(component)
+        matrix.reserve_learns = learns
+        self.changed()
+
+    def activate_reserve(self, name: str, rank: int, group: int) -> None:
+        """So many rows of the reserve, which has learned in advance, join the rank: their lambdas begin to train in a group."""
+        matrix = self.matrices[name]
+        reserve = matrix.reserve
+        assert reserve is not None and rank <= reserve.rank, "not enough in reserve"
+        chosen, rest = _split(reserve, rank)
+        self._give_lambdas(chosen, group, self.reserve_lambda)
+        matrix.components[matrix.active :] = [chosen, *rest]
+        matrix.active += 1
+        self.changed()
+
+    @torch.no_grad()
+    def activate_inert_reserve(self, name: str, rank: int, group: int) -> Component | None:
+        """So many rows of the reserve, which has waited, join the rank and begin to train in a group, with lambda 0.
+
+        Returns:
+            The place that they leave, for the next reserve; None if a part of the reserve still lies there.
+        """
+        matrix = self.matrices[name]
+        reserve = matrix.reserve
+        assert reserve is not None and rank <= reserve.rank, "not enough in reserve"
+        waited, rest = _split(reserve, rank)
+        chosen = self._placed(matrix, rank, group)
+        for new, old in zip(self._rows(matrix, chosen), self._rows(matrix, waited), strict=True):
+            new.copy_(old)
+        self._give_lambdas(chosen, group, 0.0)
+        matrix.components[matrix.active :] = [chosen, *rest]
+        matrix.active += 1
+        self.changed()
+        return None if rest else waited
+
+    def silence_reserves(self) -> None:
+        """No reserve reaches the output any more; A and B of those that learned go on in the penalty (the authors' code)."""
+        for matrix in self.matrices.values():
+            matrix.reserve_learns = False
+        self.changed()
+
+    def release(self, group: int) -> None:
+        """The group's tensors train from now on."""
+        self.all_groups[group].requires_grad_(True)
+
+    def changed(self) -> None:
+        """The structure is another one: indices and views are made anew when they are needed."""
+        self._made_for: tuple[torch.device, torch.dtype] | None = None
+        self._forget()
+
+    def _placed(self, matrix: Matrix, rank: int, group: int) -> Component:
+        into = self.all_groups[group]
+        A_row, B_row = into.take(str(matrix.in_features), rank), into.take(str(matrix.out_features), rank)
+        return Component(rank, group, A_row, B_row)
+
+    @torch.no_grad()
+    def _draw(self, matrix: Matrix, component: Component, generator: torch.Generator) -> None:
+        """A and B of a new component from N(0, 0.02^2)."""
+        A, B = self._rows(matrix, component)
+        # drawn on the CPU in float32, so that the values do not depend on the device
+        A.copy_(torch.randn(component.rank, matrix.in_features, generator=generator) * INIT_STD)
+        B.copy_((torch.randn(matrix.out_features, component.rank, generator=generator) * INIT_STD).t())
+
+    @torch.no_grad()
+    def _give_lambdas(self, component: Component, group: int, value: float) -> None:
+        component.lambda_group = group
+        component.lambda_row = self.all_groups[group].take("lambda_", component.rank)
+        self._lambdas_of(component).fill_(value)
+
+    # keep and restore
+
+    def structure(self) -> dict[str, Any]:
+        """Which rows belong to which matrix, and which groups train: JSON values."""
+        matrices = {
+            name: {
+                "components": [asdict(component) for component in matrix.components],
+                "active": matrix.active,
+                "reserve_learns": matrix.reserve_learns,
+            }
+            for name, matrix in self.matrices.items()
+        }
+        groups = [{"next_row": dict(group.next_row), "trains": group.trains} for group in self.all_groups]
+        return {"matrices": matrices, "groups": groups}
+
+    def load_structure(self, structure: Mapping[str, Any]) -> None:
+        """Restore what `structure` gave; the values of the rows are loaded afterwards, as those of any parameter."""
+        for name, saved in structure["matrices"].items():
+            matrix = self.matrices[name]
+            matrix.components = [Component(**component) for component in saved["components"]]
+            matrix.active, matrix.reserve_learns = saved["active"], saved["reserve_learns"]
+        for group, saved in zip(self.all_groups, structure["groups"], strict=True):
+            group.clear()  # an earlier structure may be loaded over a later one
+            group.next_row = dict(saved["next_row"])
+            group.requires_grad_(saved["trains"])
+        self.changed()
+
+    # the rows of one matrix
+
+    def rows(self, name: str, index: int) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B transposed (rank, out) of one component: views into the parameters."""
+        matrix = self.matrices[name]
+        return self._rows(matrix, matrix.components[index])
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A with alpha / rank * lambda folded in, (r, in), and B, (out, r), of all that reaches the output of a matrix."""
+        matrix = self.matrices[name]
+        rows = [self._rows(matrix, component) for component in matrix.used]
+        A, B = (torch.cat(several) for several in zip(*rows, strict=True))
+        lambdas = torch.cat([self._lambdas_of(component) for component in matrix.used])
+        return (lambdas * self.scale(name)).unsqueeze(1) * A, B.t()
+
+    def lambdas(self, name: str) -> Tensor:
+        """The lambdas of a matrix's active components, (rank,)."""
+        matrix = self.matrices[name]
+        return torch.cat([self._lambdas_of(component) for component in matrix.components[: matrix.active]])
+
+    def scale(self, name: str) -> float:
+        """alpha / rank of a matrix."""
+        return self.alpha / (self.matrices[name].rank + self.rank_epsilon)
+
+    def _rows(self, matrix: Matrix, component: Component) -> tuple[Tensor, Tensor]:
+        rows = self.all_groups[component.group].rows
+        A, B = rows[str(matrix.in_features)], rows[str(matrix.out_features)]
+        return A[component.A_row :][: component.rank], B[component.B_row :][: component.rank]
+
+    def _lambdas_of(self, component: Component) -> Tensor:
+        if component.lambda_group == NO_GROUP:
+            return self.like.new_full((component.rank,), self.reserve_lambda)
+        lambda_ = self.all_groups[component.lambda_group].lambda_
+        assert lambda_ is not None
+        return lambda_[component.lambda_row :][: component.rank]
+
+    # the rows of all matrices
+
+    def enter(self, *_: Any) -> None:
+        """A pass begins: to be called before the forward of every module that holds all matrices."""
+        if self.depth == 0:
+            self._forget()
+        self.depth += 1
+
+    def leave(self, *_: Any) -> None:
+        """The forward is over, even if it failed."""
+        self.depth -= 1
+        if self.depth == 0:
+            self._views = {}
+
+    def views(self, name: str, dtype: torch.dtype) -> Views:
+        """The factors of one matrix for products in `dtype`, gathered once per pass.
+
+        Outside of a pass nobody could say when they go stale: there a matrix takes its own rows in every call.
+        """
+        if torch.compiler.is_compiling():
+            return self._own_views(name, dtype)
+        task = torch._C._current_graph_task_id()  # of the backward under way, else -1: torch's own checkpointing asks it too
+        if self.depth == 0 and task == -1:
+            with _kept_for_backward():
+                return self._own_views(name, dtype)
+        key = (task, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype)
+        if key not in self._views:
+            if any(other[0] != task for other in self._views):
+                self._forget()
+            with _kept_for_backward():
+                self._views[key] = self._gather(dtype)
+        return self._views[key][name]
+
+    def _own_views(self, name: str, dtype: torch.dtype) -> Views:
+        A, B = self.factors(name)
+        return Views(A.to(dtype), A.detach(), B.t().to(dtype), B.t().detach())
+
+    def stacks(self) -> list[tuple[Tensor, Tensor]]:
+        """For the penalty: by width, the A and the transposed B of all matrices, reserves included, and the identities they aim at.
+
+        Rows are (factors, largest rank, width), zero where a matrix has fewer; identities are (factors, largest rank,
+        largest rank), zero there as well.
+        """
+        rows, found = self._concatenated(), []
+        for width, index in self._indices().items():
+            stack = rows[width].index_select(0, index.stack)
+            found.append((stack.view(*index.identities.shape[:2], -1), index.identities))
+        return found
+
+    def _forget(self) -> None:
+        self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
+        self._last: tuple[Any, dict[int, Tensor]] = (None, {})
+
+    def _gather(self, dtype: torch.dtype) -> dict[str, Views]:
+        rows = self._concatenated()
+        constants = self.like.new_tensor([self.reserve_lambda, 1.0])
+        lambdas = torch.cat([*(group.lambda_ for group in self.all_groups if group.lambda_ is not None), constants])
+        found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        for width, index in self._indices().items():
+            exact = lambdas.index_select(0, index.lambdas).unsqueeze(1) * index.scale * rows[width].index_select(0, index.places)
+            pairs = zip(exact.to(dtype).split(index.sizes), exact.detach().split(index.sizes), strict=True)
+            found |= dict(zip(index.factors, pairs, strict=True))
+        return {name: Views(*found["A", name], *found["B", name]) for name in self.matrices}
+
+    def _concatenated(self) -> dict[int, Tensor]:
+        """All rows of every width; those of the last forward serve the penalty too, until a backward has used them up."""
+        groups = self.all_groups
+        parts = {
+            width: [groups[number].rows[str(width)] for number in index.groups]
+            for width, index in self._indices().items()
+        }
+        versions = [tensor._version for tensors in parts.values() for tensor in tensors]
+        key = (torch._C._current_graph_task_id(), versions) if torch.is_grad_enabled() else None
+        if key is None or key != self._last[0]:
+            rows = {width: torch.cat([*tensors, self.like.new_zeros(1, width)]) for width, tensors in parts.items()}
+            for tensor in rows.values():
+                if tensor.requires_grad:
+                    tensor.register_hook(self._used_up)
+            self._last = (key, rows)
+        return self._last[1]
+
+    def _used_up(self, _: Tensor) -> None:
+        self._forget()
+
+    def _indices(self) -> dict[int, _Index]:
+        """By width; made anew when the structure or the device has changed."""
+        like = self.like
+        if self._made_for != (like.device, like.dtype):
+            self._made_for = (like.device, like.dtype)
+            widths = [w for matrix in self.matrices.values() for w in (matrix.in_features, matrix.out_features)]
+            with torch.inference_mode(False):  # what is made in inference mode could not serve training after it
+                self._by_width = {width: self._index(width) for width in dict.fromkeys(widths)}
+        return self._by_width
+
+    def _index(self, width: int) -> _Index:
+        holders = [number for number, group in enumerate(self.all_groups) if group.next_row.get(str(width))]
+        lengths = [len(self.all_groups[number].rows[str(width)]) for number in holders]
+        first = dict(zip(holders, itertools.accumulate(lengths, initial=0), strict=False))
+        zero = sum(lengths)  # the row after the last
+        starts = self._lambda_starts()
+        one = starts[NO_GROUP] + 1
+        factors, sizes, places, lambdas, scale, stack = [], [], [], [], [], []
+        for name, matrix in self.matrices.items():
+            for what in ("A", "B"):
+                if width != (matrix.in_features if what == "A" else matrix.out_features):
+                    continue
+                begins = [first[c.group] + (c.A_row if what == "A" else c.B_row) for c in matrix.components]
+                rows = [[*range(begin, begin + c.rank)] for begin, c in zip(begins, matrix.components, strict=True)]
+                used = [*itertools.chain(*rows[: len(matrix.used)])]
+                padding = -len(used) % self.multiple
+                factors.append((what, name))
+                sizes.append(len(used) + padding)
+                places += used + [zero] * padding
+                lambdas += [place for c in matrix.used for place in _lambda_places(c, starts)] if what == "A" else [one] * len(used)
+                lambdas += [one] * padding
+                scale += [self.scale(name) if what == "A" else 1.0] * sizes[-1]
+                stack.append([*itertools.chain(*rows)])
+        largest = max(map(len, stack))
+        whole = torch.tensor([row + [zero] * (largest - len(row)) for row in stack])
+        like = self.like
+        return _Index(
+            factors=factors,
+            groups=holders,
+            sizes=sizes,
+            places=torch.tensor(places, device=like.device),
+            lambdas=torch.tensor(lambdas, device=like.device),
+            scale=torch.tensor(scale, dtype=like.dtype, device=like.device).unsqueeze(1),
+            stack=whole.flatten().to(like.device),
+            identities=torch.diag_embed((whole < zero).to(like.dtype)).to(like.device),
+        )
+
+    def _lambda_starts(self) -> dict[int, int]:
+        """Where the lambdas of each group begin in the concatenation of all; `NO_GROUP`: the constants after them."""
+        starts, total = {}, 0
+        for number, group in enumerate(self.all_groups):
+            if group.lambda_ is not None:
+                starts[number] = total
+                total += len(group.lambda_)
+        return starts | {NO_GROUP: total}
+
+
+def _lambda_places(component: Component, starts: Mapping[int, int]) -> list[int]:
+    start = starts[component.lambda_group]
+    if component.lambda_group == NO_GROUP:
+        return [start] * component.rank
+    return [*range(start + component.lambda_row, start + component.lambda_row + component.rank)]
+
+
+def _split(component: Component, rank: int) -> tuple[Component, list[Component]]:
+    """The first so many rows of a component in reserve, and the rest of it if there is one."""
+    first = replace(component, rank=rank)
+    rest = replace(component, rank=component.rank - rank, A_row=component.A_row + rank, B_row=component.B_row + rank)
+    return first, [rest] if rest.rank else []
+
+
+def _kept_for_backward() -> torch.autograd.graph.saved_tensors_hooks:
+    """What is saved for backward in here is kept: activation checkpointing around it would compute it again, and differently."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

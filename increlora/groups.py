@@ -1,0 +1,123 @@
+"""Parameter groups of an optimizer: when they are born, their learning rates, their state by parameter name.
+
+Every loop uses these: the training loop of this repository, and everybody else's through `Growth`. A group carries, beside
+the optimizer's own options: `param_names`, `born` (the step from which its parameters train), `initial_lr` (the peak of
+its learning rate) and `decay` (whether weight decay applies).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from increlora.errors import UserError
+from increlora.method import Method
+from increlora.schedule import multiplier
+
+
+def parameter_groups(method: Method, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What an optimizer is made of: the method's groups, with weight decay where it applies."""
+    return [
+        {"born": 0, **group, "weight_decay": weight_decay if group["decay"] else 0.0}
+        for group in method.param_groups(model)
+    ]
+
+
+def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module) -> None:
+    """Complete the groups of an optimizer: names, birth, peak rate; and the groups of parameters that train later.
+
+    Those to come take the options of the first group that decays.
+
+    Raises:
+        UserError: the optimizer lacks trained parameters of the model, or holds others.
+    """
+    check(optimizer, model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group.setdefault("param_names", [names[id(parameter)] for parameter in group["params"]])
+        group.setdefault("initial_lr", group["lr"])
+        group.setdefault("born", 0)
+        if not group.get("decay", True):
+            group["weight_decay"] = 0.0
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    like = next((group for group in optimizer.param_groups if group.get("decay", True)), optimizer.param_groups[0])
+    options = {key: value for key, value in like.items() if key not in ("params", "param_names")}
+    for group in method.param_groups(model):
+        if group.get("born", 0) and not any(id(parameter) in held for _, parameter in group["params"]):
+            optimizer.add_param_group({**options, **group})
+
+
+def check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """The optimizer holds what trains in the model, and nothing else.
+
+    Raises:
+        UserError: it lacks trained parameters of the model, or holds others.
+    """
+    parameters = list(model.parameters())
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in held]
+    foreign = held - {id(parameter) for parameter in parameters}
+    if missing or foreign:
+        raise UserError(
+            f"the optimizer lacks {len(missing)} trained parameters of the model and holds {len(foreign)} others. "
+            "Make it after method.prepare, over method.param_groups(model); where a model's state is loaded, "
+            "load the optimizer's too."
+        )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, warmup_steps: int) -> None:
+    """Write the learning rate of this step (optimizer steps already taken) into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier(step, group["born"], total_steps, warmup_steps)
+
+
+def rebuild(optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]) -> None:
+    """Give the optimizer these groups, by parameter name and without state; their options are to be loaded.
+
+    Raises:
+        UserError: the model lacks some of the parameters.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = [name for group in names for name in group if name not in parameters]
+    if unknown:
+        raise UserError(
+            f"the optimizer's checkpoint has {len(unknown)} parameters that the model lacks, e.g. {unknown[0]!r}. "
+            "Load the model's state before the optimizer's; both must have been saved in the same run."
+        )
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    for group in names:
+        optimizer.add_param_group({"params": [(name, parameters[name]) for name in group]})
+
+
+def state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Groups with the names of their parameters, and the state of every parameter by name."""
+    groups, states = [], {}
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key != "params"})
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            states[name] = dict(optimizer.state.get(parameter, {}))
+    return {"groups": groups, "states": states}
+
+
+def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore what `state` gave, by parameter name, whatever the groups were before.
+
+    Raises:
+        UserError: the model lacks some of the parameters.
+    """
+    rebuild(optimizer, model, [group["param_names"] for group in state["groups"]])
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(saved)
+    parameters = dict(model.named_parameters())
+    for name, values in state["states"].items():
+        if values:
+            optimizer.state[parameters[name]] = {key: _like(v, parameters[name], key) for key, v in values.items()}
+
+
+def _like(value: Any, parameter: nn.Parameter, key: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    # Adam's step counter keeps its own dtype
+    return value.to(parameter.device, value.dtype if key == "step" else parameter.dtype)
