@@ -191,7 +191,8 @@ class Growth:
 
     def _regroup(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Give the optimizer the saved groups, by parameter name; their options and states follow."""
-        self.loaded.add("optimizer")
+        if state_dict["state"]:  # accelerate, preparing a fresh optimizer, loads what it has just saved
+            self.loaded.add("optimizer")
         groups.rebuild(optimizer, self.model, [group.get("param_names", [""]) for group in state_dict["param_groups"]])
 
 
