@@ -46,7 +46,7 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")})
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with writing(path, SafetensorError):
         save_file(tensors, temporary, metadata={"increlora": text})  # of several keys the order would be random
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

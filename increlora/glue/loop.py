@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from increlora import distributed
-from increlora.errors import Interrupted, UserError, check_numbers
+from increlora.errors import Interrupted, UserError
 from increlora.glue import checkpoint
 from increlora.glue.batching import collate, epoch_batches, evaluation_batches
 from increlora.glue.checkpoint import Checkpoints
@@ -27,6 +27,7 @@ from increlora.glue.tracker import Tracker
 from increlora.method import Method
 from increlora.schedule import multiplier
 from increlora.streams import derive_seed
+from increlora.validation import check_numbers
 
 log = logging.getLogger(__name__)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, TaskType
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -188,7 +189,7 @@ def _save(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> No
 @contextlib.contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `folder` (absent or empty so far) if nothing goes wrong."""
-    with writing(folder):
+    with writing(folder, SafetensorError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
             made = Path(temporary) / "export"
