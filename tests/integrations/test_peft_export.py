@@ -289,7 +289,7 @@ def test_the_tokenizer_that_transformers_would_build_otherwise(shared, tmp_path)
     """DeBERTaV3's own pieces, through an export and AutoTokenizer: the golden ids of tests/glue/test_tokens.py."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from increlora.glue.backbone import sentencepiece_tokenizer
+    from increlora.glue.tokenizing import sentencepiece_tokenizer
 
     run = SimpleNamespace(task=SimpleNamespace(max_length=77))
     run.tokenizer = sentencepiece_tokenizer(shared / "deberta-v3-tokenizer" / "spm.model")
