@@ -24,7 +24,8 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import make_optimizer, set_learning_rates, take_step
+from increlora.glue.settings import Settings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LIMITS = {"learning rate": 1e-12, "score (relative)": 1e-6, "final update": 1e-7}

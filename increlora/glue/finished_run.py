@@ -17,8 +17,8 @@ from increlora.errors import UserError
 from increlora.files import changed_keys
 from increlora.glue import checkpoint, config, results, token_cache
 from increlora.glue.backbone import Backbone
-from increlora.glue.batching import collate, evaluation_batches
-from increlora.glue.loop import AUTOCAST, Settings
+from increlora.glue.batching import collate, evaluation_batches, to_device
+from increlora.glue.settings import Settings
 from increlora.glue.tasks import Examples, Task
 from increlora.method import Method
 
@@ -84,9 +84,8 @@ class Trained:
 
     @torch.inference_mode()
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        device, dtype = self.settings.torch_device, AUTOCAST[self.settings.precision]
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+        with self.settings.autocast():
+            return self.model(**to_device(batch, self.settings.torch_device)).logits
 
 
 def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Trained:

@@ -16,7 +16,8 @@ from increlora.files import changed_keys, writing
 from increlora.matrices import rank_map
 
 if TYPE_CHECKING:  # reading results must not cost the import of torch
-    from increlora.glue.loop import Evaluation, Outcome
+    from increlora.glue.evaluate import Evaluation
+    from increlora.glue.loop import Outcome
     from increlora.glue.tasks import TaskData
 
 FILE_NAME = "result.json"
@@ -27,7 +28,7 @@ MOVED = {
     "increlora.backbone.Backbone": "increlora.glue.backbone.Backbone",
     "increlora.synthetic.SyntheticEntailment": "increlora.glue.synthetic.SyntheticEntailment",
     "increlora.tasks.Task": "increlora.glue.tasks.Task",
-    "increlora.train.Settings": "increlora.glue.loop.Settings",
+    "increlora.train.Settings": "increlora.glue.settings.Settings",
 }
 PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 

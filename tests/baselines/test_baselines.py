@@ -17,7 +17,8 @@ from baselines.controls import RESULT_FILE, RandomGrowth, ShuffledPattern, Stati
 from baselines.lora import LoRA
 from increlora.errors import UserError
 from increlora.glue import results
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import make_optimizer, set_learning_rates, take_step
+from increlora.glue.settings import Settings
 
 STEPS = 40
 SETTINGS = Settings(learning_rate=1e-2, warmup_steps=5, batch_size=8, device="cpu")

@@ -10,7 +10,8 @@ from conftest import ROOT, TINY_KINDS, tiny_batches
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.glue import results
-from increlora.glue.loop import Settings, make_optimizer, set_learning_rates, take_step
+from increlora.glue.loop import make_optimizer, set_learning_rates, take_step
+from increlora.glue.settings import Settings
 from increlora.linear import IncrementalLinear
 
 STEPS = 40

@@ -11,7 +11,9 @@ from conftest import TINY_KINDS, tiny_batches
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue.loop import Settings, evaluate, make_optimizer, predict, set_learning_rates, take_step, train
+from increlora.glue.evaluate import evaluate, predict
+from increlora.glue.loop import make_optimizer, set_learning_rates, take_step, train
+from increlora.glue.settings import Settings
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Tracker
 from increlora.method import Method

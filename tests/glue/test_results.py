@@ -8,7 +8,8 @@ from hydra.utils import get_class
 
 from increlora.errors import UserError
 from increlora.glue import results
-from increlora.glue.loop import Evaluation, Outcome
+from increlora.glue.evaluate import Evaluation
+from increlora.glue.loop import Outcome
 from increlora.glue.tasks import Split, TaskData
 
 NAMES = ["deberta.encoder.layer.0.attention.self.query_proj", "deberta.encoder.layer.1.output.dense"]
@@ -110,5 +111,5 @@ def test_the_classes_that_committed_results_name_are_found_where_they_are_now():
         for node in result["config"].values()
         if isinstance(node, dict) and "_target_" in node
     }
-    assert {"increlora.glue.tasks.Task", "increlora.glue.loop.Settings", "increlora.algorithm.IncreLoRA"} < found
+    assert {"increlora.glue.tasks.Task", "increlora.glue.settings.Settings", "increlora.algorithm.IncreLoRA"} < found
     assert all(get_class(name) for name in found)
