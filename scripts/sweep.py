@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from increlora import result_files
 from increlora.errors import UserError
 from increlora.glue import config, results
 
@@ -156,7 +157,7 @@ def final(value: Mapping[str, Any], run: Run) -> Any:
     """A value that depends on other runs."""
     if "best_of" in value:
         trials = [other for other in run.needs if other.settings["seed"] == value["seed"]]
-        scores = [results.last_score(trial.result, value["split"]) for trial in trials]
+        scores = [result_files.last_score(trial.result, value["split"]) for trial in trials]
         return value["best_of"][scores.index(max(scores))]
     with_others = {**run.settings, **value["run_with"]}
     return next(other.directory for other in run.needs if other.settings.items() <= with_others.items())
@@ -177,7 +178,7 @@ def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
     result = results.stored(run.directory, resolved, lambda: config.inputs(cfg))
     if result is None and known is not None:
         path = (known / run.directory.relative_to("runs")).with_suffix(".json")
-        found = results.read(path) if path.exists() else None
+        found = result_files.read(path) if path.exists() else None
         if found and found["config"] == json.loads(json.dumps(resolved)):
             result = None if results.changed_inputs(found, config.inputs(cfg)) else found
     return result

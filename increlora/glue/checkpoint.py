@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from increlora.errors import UserError, first_line
 from increlora.files import changed_keys, writing
-from increlora.glue.results import with_moved_classes
 from increlora.method import Method
+from increlora.result_files import with_moved_classes
 
 log = logging.getLogger(__name__)
 FORMAT = 1

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from increlora import result_files
 from increlora.errors import UserError
 from increlora.files import changed_keys
 from increlora.glue import checkpoint, config, results, token_cache
@@ -113,7 +114,7 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
     method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
     checkpoint.load_model_state(model, method, state)
     if method.ranks() != result["ranks"].get(name, {}):
-        raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {results.FILE_NAME}")
+        raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {result_files.FILE_NAME}")
     model.to(settings.torch_device).eval()
     return Trained(result, name, settings, backbone, task, method, model, backbone.tokenizer())
 
@@ -139,21 +140,23 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory holds none.
     """
-    path = run_dir / results.FILE_NAME
+    path = run_dir / result_files.FILE_NAME
     if not path.is_file():
-        results.refuse_unfinished(run_dir)
+        result_files.refuse_unfinished(run_dir)
         raise UserError(f"{path}: no such file; give the directory of a finished run, as run.py names it at its end")
-    return results.read(path)
+    return result_files.read(path)
 
 
 def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Structure and weights in a checkpoint that belongs to the result."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the run's weights are needed beside its {results.FILE_NAME}")
+        raise UserError(f"{path}: no such file; the run's weights are needed beside its {result_files.FILE_NAME}")
     document = checkpoint.read(path)
-    identity = results.with_moved_classes(document["identity"])
+    identity = result_files.with_moved_classes(document["identity"])
     expected = {"config": result["config"], "data": result["data"]["fingerprint"], **result.get("inputs", {})}
     changed = changed_keys({key: identity.get(key) for key in expected}, expected)
     if changed:
-        raise UserError(f"{path} is of another run than {results.FILE_NAME}: it differs in {', '.join(changed[:5])}")
+        raise UserError(
+            f"{path} is of another run than {result_files.FILE_NAME}: it differs in {', '.join(changed[:5])}"
+        )
     return document["state"]

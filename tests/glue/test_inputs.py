@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from finished_runs import TRAINING, base_model, finished, module, run_script
 
+from increlora import result_files
 from increlora.errors import Interrupted, UserError
 from increlora.glue import checkpoint, config, finished_run, results
 from increlora.streams import stream
@@ -104,7 +105,7 @@ def test_running_again_leaves_no_result_beside_weights_of_another_training(files
         finished(run_dir, *files, "overwrite=true")
     assert sorted(p.name for p in run_dir.glob("*.[js]*")) == ["checkpoint.safetensors", "metrics.jsonl"]
     finished(run_dir, *files)  # goes on from the checkpoint
-    assert results.read(run_dir / "result.json")["curve"][-1]["step"] == 3
+    assert result_files.read(run_dir / "result.json")["curve"][-1]["step"] == 3
 
 
 def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch):
@@ -118,7 +119,7 @@ def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch
         stop_at(patch, 2)
         finished(tmp_path / "run", *files)
     run_dir = finished(tmp_path / "run", *files)
-    assert results.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
+    assert result_files.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
     assert checkpoint.read(run_dir / "last.safetensors")["identity"]["base"] is not None
 
 
