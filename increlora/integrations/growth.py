@@ -1,5 +1,6 @@
 """A method in somebody else's training code: learning rates, new groups, several processes, whole checkpoints."""
 
+import ctypes
 import io
 from collections.abc import Iterable
 from functools import partial
@@ -255,4 +256,6 @@ def _pack(state: dict[str, Any]) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> dict[str, Any]:
-    return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+    packed = packed.cpu().contiguous()
+    content = ctypes.string_at(packed.data_ptr(), packed.numel())  # torch gives bytes only by way of numpy
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
