@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from increlora import result_files
 from increlora.glue import config, results
 
 
@@ -27,7 +28,7 @@ def main(cfg: DictConfig) -> float | None:
     if result is None:
         result, where = train(cfg, run, run_dir, resolved)
     else:
-        where = [f"this run was finished before (overwrite=true runs it again): {run_dir / results.FILE_NAME}"]
+        where = [f"this run was finished before (overwrite=true runs it again): {run_dir / result_files.FILE_NAME}"]
     if where:
         print("\n".join([results.summary(result), *where]))
     return result["scores"].get("best", {}).get("score")
@@ -55,7 +56,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     checkpoints = Checkpoints(run_dir, identity, [f"{code['commit']}{'-dirty' * code['dirty']}"])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
         if cfg.overwrite and distributed.is_main():
-            (run_dir / results.FILE_NAME).unlink(missing_ok=True)  # first: it must not stand beside other weights
+            (run_dir / result_files.FILE_NAME).unlink(missing_ok=True)  # first: it must not stand beside other weights
             checkpoints.clear("best", "last")
         state = None if cfg.overwrite else checkpoints.load()
         if state and distributed.is_main():
@@ -69,7 +70,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
             if distributed.is_main():
                 results.write(run_dir, result)
                 checkpoints.clear()
-                where = [f"result: {run_dir / results.FILE_NAME}", *recorder.where()]
+                where = [f"result: {run_dir / result_files.FILE_NAME}", *recorder.where()]
             status, summary = outcome.status, {name: s["score"] for name, s in result["scores"].items()}
         except Interrupted as error:
             status = "interrupted"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from increlora import surgery
 from increlora.allocator import Allocator
-from increlora.bank import Bank, Component, GroupSize
+from increlora.bank import Bank
+from increlora.components import Component, GroupSize
 from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
 from increlora.linear import IncrementalLinear
@@ -94,7 +95,7 @@ class IncreLoRA(Method):
             surgery.replace(model, name, linear)
             self.bank.add_active(name, ranks[name], START, self._stream(name))
         self.bank.release(START)
-        surgery.add_bank(model, self.bank, list(bases))
+        self.bank.attach(model)
         self.importance = ImportanceScore(list(bases), self.beta1, self.beta2)
         self.watchers: list[DeltaGradient] = []
 
@@ -291,7 +292,7 @@ class IncreLoRA(Method):
     def merge(self, model: nn.Module) -> None:
         for name, linear in self.linears.items():
             surgery.replace(model, name, linear.merged())
-        surgery.remove_bank(model)
+        self.bank.detach(model)
 
 
 def _group_size(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], lambdas: int) -> GroupSize:

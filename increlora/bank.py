@@ -1,131 +1,42 @@
 """All components of all matrices in few tensors, gathered once per forward.
 
-The update of a matrix is delta = alpha / rank * B diag(lambda) A, a sum of components (arXiv 2308.12043). What costs on a
-GPU with short sentences is the number of operations, not their size. So the components do not lie with their matrices:
+The update of a matrix is delta = alpha / rank * B diag(lambda) A, a sum of components (arXiv 2308.12043). What costs on
+a GPU with short sentences is the number of operations, not their size. So components do not lie with their matrices:
 
-- One allocation (the start, the reserves of step 0, each growth) brings one group of tensors: for every width one of rows,
-  and one vector of lambdas. A row is a row of A (as wide as a matrix's input) or a column of B (as its output). A
-  learning-rate schedule belongs to a Parameter, and an allocation is what shares a schedule.
-- Which rows belong to which matrix is an index, a list of integers. Growth writes to it and releases the tensors of its
-  group. All tensors exist from the start (the number of growths and what each brings are known), so shapes never change:
-  optimizers, schedulers and checkpoints need no surgery. The price: a growth holds rows for whichever matrices could be
-  chosen, up to three times what it uses (DeBERTaV3-base at r8: some 10 MB beside 735 MB of weights).
-- In a forward pass the first matrix that computes gathers the factors of all: per width one concatenation, one reordering
-  into model order, lambda and alpha / rank folded in once, one split into views. Every matrix takes its views.
+- One allocation (the start, the reserves of step 0, each growth) brings one group of tensors: for every width one of
+  rows, and one vector of lambdas. A row is a row of A (as wide as the matrix's input) or a column of B (as its output).
+  A learning-rate schedule belongs to a Parameter, and an allocation is what shares a schedule.
+- Which rows belong to which matrix is an index, a list of integers. A growth writes to it and releases the tensors of
+  its group. All tensors exist from the start, since the number of growths and what each brings are known. So shapes
+  never change: optimizers, schedulers and checkpoints need no surgery. The price: a growth holds rows for whichever
+  matrices could be chosen, up to three times what it uses (DeBERTaV3-base at r8: some 10 MB beside 735 MB of weights).
+- In a forward pass the first matrix that computes gathers the factors of all: per width one concatenation, one
+  reordering into model order, lambda and alpha / rank folded in once, one split into views. A matrix takes its views.
 
-Views are graph, not state. They live for one pass: the outermost call of a module that holds all matrices, or one backward
-(activation checkpointing computes again in there). Outside of a pass, a matrix takes its own rows in every call.
+Views are graph, not state. They live for one pass: the outermost call of a module that holds all matrices, or one
+backward (activation checkpointing computes again in there). Outside of a pass, every call takes the matrix's own rows.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from increlora.components import NO_GROUP, Component, ComponentGroup, GroupSize, Matrix
+
+NAME = "increlora_bank"  # of the module, in the model that it serves
 
 INIT_STD = 0.02
-NO_GROUP = -1  # the lambda of a component in reserve is a constant, and in no group
-
-
-@dataclass
-class Component:
-    """One addend of a matrix's update: `rank` rows of A, as many columns of B, as many lambdas.
-
-    Args:
-        group: number of the group that holds its rows.
-        A_row, B_row: the first of them, in the group's tensors of the matrix's input and output width.
-        lambda_group, lambda_row: the same for its lambdas; `NO_GROUP` while it is in reserve.
-    """
-
-    rank: int
-    group: int
-    A_row: int
-    B_row: int
-    lambda_group: int = NO_GROUP
-    lambda_row: int = 0
-
-
-@dataclass
-class Matrix:
-    """The components of one matrix: the active ones first, then at most one in reserve.
-
-    Args:
-        reserve_learns: whether the component in reserve reaches the output.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    components: list[Component] = field(default_factory=list)
-    active: int = 0
-    reserve_learns: bool = False
-
-    @property
-    def rank(self) -> int:
-        """Sum of the ranks of the active components."""
-        return sum(component.rank for component in self.components[: self.active])
-
-    @property
-    def used(self) -> list[Component]:
-        """What reaches the output."""
-        return self.components[: self.active + self.reserve_learns]
-
-    @property
-    def reserve(self) -> Component | None:
-        """The component that learns in advance, or waits inert."""
-        return self.components[self.active] if len(self.components) > self.active else None
-
-
-@dataclass(frozen=True)
-class GroupSize:
-    """How many rows of every width a group holds, and how many lambdas."""
-
-    rows: Mapping[int, int]
-    lambdas: int
-
-
-class ComponentGroup(nn.Module):
-    """The tensors that one allocation brings: `rows` by width, (rows, width), and `lambda_`, (lambdas,).
-
-    All are zero and frozen until the allocation. Rows that no matrix takes stay zero.
-    """
-
-    def __init__(self, size: GroupSize, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-
-        def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
-
-        self.rows = nn.ParameterDict({str(width): zeros(rows, width) for width, rows in size.rows.items()})
-        self.lambda_ = zeros(size.lambdas) if size.lambdas else None
-        self.next_row: dict[str, int] = {}  # by width, or "lambda_"
-
-    @property
-    def trains(self) -> bool:
-        """Whether its allocation has come, and its tensors train."""
-        return any(parameter.requires_grad for parameter in self.parameters())
-
-    @torch.no_grad()
-    def clear(self) -> None:
-        """Back to the start: nothing is taken, nothing trains, all is zero."""
-        self.next_row = {}
-        for parameter in self.requires_grad_(False).parameters():
-            parameter.zero_()
-            parameter.grad = None
-
-    def take(self, what: str, rows: int) -> int:
-        """The first of so many rows that are free."""
-        first = self.next_row.get(what, 0)
-        self.next_row[what] = first + rows
-        return first
 
 
 class Views(NamedTuple):
     """The factors of one matrix: A (r, in), scales folded in, and B transposed (r, out).
 
-    `A` and `B` are in the dtype of the product; `exact_A` and `exact_B` are the same values before rounding, without graph.
+    `A` and `B` are in the dtype of the product; `exact_A` and `exact_B` are their values before rounding, no graph.
     """
 
     A: Tensor
@@ -177,8 +88,30 @@ class Bank(nn.Module):
         self.alpha, self.rank_epsilon, self.reserve_lambda = alpha, rank_epsilon, reserve_lambda
         self.groups = nn.ModuleList(ComponentGroup(size, dtype, torch.device(device)) for size in groups)
         self.multiple = multiple
+        self.hooks: list[RemovableHandle] = []
+        self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
+        self._last: tuple[Any, dict[int, Tensor]] = (None, {})
         self.depth = 0  # of calls under way of modules that hold all matrices
         self.changed()
+
+    def attach(self, model: nn.Module) -> None:
+        """Become a module of the model, told when a forward of a module that holds all matrices begins and ends."""
+        # a Sequential calls every module that it has
+        home = model.get_submodule(next(iter(self.matrices))) if isinstance(model, nn.Sequential) else model
+        home.add_module(NAME, self)
+        paths = [name.split(".")[:-1] for name in self.matrices]
+        common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+        for depth in range(len(common) + 1):
+            module = model.get_submodule(".".join(parts[0] for parts in common[:depth]))
+            self.hooks.append(module.register_forward_pre_hook(self._enter))
+            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def detach(self, model: nn.Module) -> None:
+        """Leave the model, whose layers are plain again, as if it had never had a bank."""
+        for hook in self.hooks:
+            hook.remove()
+        if hasattr(model, NAME):
+            delattr(model, NAME)
 
     # structure
 
@@ -219,11 +152,11 @@ class Bank(nn.Module):
         self.changed()
 
     def activate_reserve(self, name: str, rank: int, group: int) -> None:
-        """So many rows of the reserve, which has learned in advance, join the rank: their lambdas begin to train in a group."""
+        """So many rows of the reserve, which has learned in advance, join the rank: their lambdas train in a group."""
         matrix = self.matrices[name]
         reserve = matrix.reserve
         assert reserve is not None and rank <= reserve.rank, "not enough in reserve"
-        chosen, rest = _split(reserve, rank)
+        chosen, rest = reserve.split(rank)
         self._give_lambdas(chosen, group, self.reserve_lambda)
         matrix.components[matrix.active :] = [chosen, *rest]
         matrix.active += 1
@@ -239,7 +172,7 @@ class Bank(nn.Module):
         matrix = self.matrices[name]
         reserve = matrix.reserve
         assert reserve is not None and rank <= reserve.rank, "not enough in reserve"
-        waited, rest = _split(reserve, rank)
+        waited, rest = reserve.split(rank)
         chosen = self._placed(matrix, rank, group)
         for new, old in zip(self._rows(matrix, chosen), self._rows(matrix, waited), strict=True):
             new.copy_(old)
@@ -250,7 +183,7 @@ class Bank(nn.Module):
         return None if rest else waited
 
     def silence_reserves(self) -> None:
-        """No reserve reaches the output any more; A and B of those that learned go on in the penalty (the authors' code)."""
+        """No reserve reaches the output any more; A and B go on in the penalty, as in the authors' code."""
         for matrix in self.matrices.values():
             matrix.reserve_learns = False
         self.changed()
@@ -318,7 +251,7 @@ class Bank(nn.Module):
         return self._rows(matrix, matrix.components[index])
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A with alpha / rank * lambda folded in, (r, in), and B, (out, r), of all that reaches the output of a matrix."""
+        """A with alpha / rank * lambda folded in, (r, in), and B, (out, r), of all that reaches a matrix's output."""
         matrix = self.matrices[name]
         rows = [self._rows(matrix, component) for component in matrix.used]
         A, B = (torch.cat(several) for several in zip(*rows, strict=True))
@@ -348,18 +281,6 @@ class Bank(nn.Module):
 
     # the rows of all matrices
 
-    def enter(self, *_: Any) -> None:
-        """A pass begins: to be called before the forward of every module that holds all matrices."""
-        if self.depth == 0:
-            self._forget()
-        self.depth += 1
-
-    def leave(self, *_: Any) -> None:
-        """The forward is over, even if it failed."""
-        self.depth -= 1
-        if self.depth == 0:
-            self._views = {}
-
     def views(self, name: str, dtype: torch.dtype) -> Views:
         """The factors of one matrix for products in `dtype`, gathered once per pass.
 
@@ -367,7 +288,9 @@ class Bank(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._own_views(name, dtype)
-        task = torch._C._current_graph_task_id()  # of the backward under way, else -1: torch's own checkpointing asks it too
+        task = (
+            torch._C._current_graph_task_id()
+        )  # of the backward under way, else -1: torch's own checkpointing asks it too
         if self.depth == 0 and task == -1:
             with _kept_for_backward():
                 return self._own_views(name, dtype)
@@ -384,7 +307,7 @@ class Bank(nn.Module):
         return Views(A.to(dtype), A.detach(), B.t().to(dtype), B.t().detach())
 
     def stacks(self) -> list[tuple[Tensor, Tensor]]:
-        """For the penalty: by width, the A and the transposed B of all matrices, reserves included, and the identities they aim at.
+        """For the penalty: by width, A and transposed B of all matrices, reserves included, and identities to reach.
 
         Rows are (factors, largest rank, width), zero where a matrix has fewer; identities are (factors, largest rank,
         largest rank), zero there as well.
@@ -395,23 +318,38 @@ class Bank(nn.Module):
             found.append((stack.view(*index.identities.shape[:2], -1), index.identities))
         return found
 
+    def _enter(self, *_: Any) -> None:
+        if self.depth == 0:
+            self._forget()
+        self.depth += 1
+
+    def _leave(self, *_: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self._views = {}
+
     def _forget(self) -> None:
-        self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
-        self._last: tuple[Any, dict[int, Tensor]] = (None, {})
+        self._views, self._last = {}, (None, {})
 
     def _gather(self, dtype: torch.dtype) -> dict[str, Views]:
         rows = self._concatenated()
-        constants = self.like.new_tensor([self.reserve_lambda, 1.0])
-        lambdas = torch.cat([*(group.lambda_ for group in self.all_groups if group.lambda_ is not None), constants])
+        indices = self._indices()
+        lambdas = torch.cat(
+            [*(group.lambda_ for group in self.all_groups if group.lambda_ is not None), self._constants]
+        )
         found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         for width, index in self._indices().items():
-            exact = lambdas.index_select(0, index.lambdas).unsqueeze(1) * index.scale * rows[width].index_select(0, index.places)
+            exact = (
+                lambdas.index_select(0, index.lambdas).unsqueeze(1)
+                * index.scale
+                * rows[width].index_select(0, index.places)
+            )
             pairs = zip(exact.to(dtype).split(index.sizes), exact.detach().split(index.sizes), strict=True)
             found |= dict(zip(index.factors, pairs, strict=True))
         return {name: Views(*found["A", name], *found["B", name]) for name in self.matrices}
 
     def _concatenated(self) -> dict[int, Tensor]:
-        """All rows of every width; those of the last forward serve the penalty too, until a backward has used them up."""
+        """All rows of every width; those of the last forward serve the penalty too, until a backward uses them up."""
         groups = self.all_groups
         parts = {
             width: [groups[number].rows[str(width)] for number in index.groups]
@@ -437,6 +375,7 @@ class Bank(nn.Module):
             self._made_for = (like.device, like.dtype)
             widths = [w for matrix in self.matrices.values() for w in (matrix.in_features, matrix.out_features)]
             with torch.inference_mode(False):  # what is made in inference mode could not serve training after it
+                self._constants = like.new_tensor([self.reserve_lambda, 1.0])  # lambdas of reserves, and of rows of B
                 self._by_width = {width: self._index(width) for width in dict.fromkeys(widths)}
         return self._by_width
 
@@ -459,7 +398,11 @@ class Bank(nn.Module):
                 factors.append((what, name))
                 sizes.append(len(used) + padding)
                 places += used + [zero] * padding
-                lambdas += [place for c in matrix.used for place in _lambda_places(c, starts)] if what == "A" else [one] * len(used)
+                lambdas += (
+                    [place for c in matrix.used for place in _lambda_places(c, starts)]
+                    if what == "A"
+                    else [one] * len(used)
+                )
                 lambdas += [one] * padding
                 scale += [self.scale(name) if what == "A" else 1.0] * sizes[-1]
                 stack.append([*itertools.chain(*rows)])
@@ -494,13 +437,6 @@ def _lambda_places(component: Component, starts: Mapping[int, int]) -> list[int]
     return [*range(start + component.lambda_row, start + component.lambda_row + component.rank)]
 
 
-def _split(component: Component, rank: int) -> tuple[Component, list[Component]]:
-    """The first so many rows of a component in reserve, and the rest of it if there is one."""
-    first = replace(component, rank=rank)
-    rest = replace(component, rank=component.rank - rank, A_row=component.A_row + rank, B_row=component.B_row + rank)
-    return first, [rest] if rest.rank else []
-
-
 def _kept_for_backward() -> torch.autograd.graph.saved_tensors_hooks:
-    """What is saved for backward in here is kept: activation checkpointing around it would compute it again, and differently."""
+    """What is saved for backward in here is kept; activation checkpointing around it would compute it once more."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

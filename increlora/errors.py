@@ -1,9 +1,4 @@
-"""The one exception that is addressed to the person at the keyboard, and the check of numbers that a person gives."""
-
-import dataclasses
-import math
-import numbers
-from typing import Any, get_args
+"""The one exception that is addressed to the person at the keyboard."""
 
 
 class UserError(Exception):
@@ -23,26 +18,6 @@ class Interrupted(UserError):
         super().__init__(message)
         self.signal = signal
         self.exit_code = 128 + signal
-
-
-def check_numbers(settings: Any, prefix: str) -> None:
-    """Refuse values of a dataclass's fields for numbers and switches that are not of the field's kind, or not finite.
-
-    Raises:
-        UserError: named `prefix.field`.
-    """
-    for field in dataclasses.fields(settings):
-        kinds = get_args(field.type) or (field.type,)
-        value = getattr(settings, field.name, None)
-        if not {bool, int, float} & set(kinds) or (type(value) in kinds and type(value) is not float):
-            continue
-        kind = numbers.Real if float in kinds else numbers.Integral  # those of numpy too
-        if isinstance(value, bool) or bool in kinds or not isinstance(value, kind) or not math.isfinite(value):
-            words = " or ".join(KINDS[kind] for kind in kinds)
-            raise UserError(f"{prefix}.{field.name} must be {words}, it is {value!r}")
-
-
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null", str: "a word"}
 
 
 def first_line(error: Exception) -> str:

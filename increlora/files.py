@@ -5,17 +5,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from increlora.errors import UserError, first_line
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError that names the file."""
+def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a failed write into a UserError that names the file.
+
+    Args:
+        errors: what a library that writes raises beside OSError.
+    """
+    failures: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except failures as error:
         raise UserError(
             f"cannot write {path}: {first_line(error)}.\n"
             "What was there before is whole; make room or mend the folder, and the same command continues."

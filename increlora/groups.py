@@ -1,8 +1,8 @@
 """Parameter groups of an optimizer: when they are born, their learning rates, their state by parameter name.
 
-Every loop uses these: the training loop of this repository, and everybody else's through `Growth`. A group carries, beside
-the optimizer's own options: `param_names`, `born` (the step from which its parameters train), `initial_lr` (the peak of
-its learning rate) and `decay` (whether weight decay applies).
+Every loop uses these: that of this repository, and everybody else's through `Growth`. A group carries, beside the
+optimizer's own options, `param_names`, `born` (the step from which its parameters train), `initial_lr` (the peak of its
+learning rate) and `decay` (whether weight decay applies).
 """
 
 from collections.abc import Mapping, Sequence

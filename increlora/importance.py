@@ -58,7 +58,7 @@ class DeltaGradient:
         linear.watcher = self
 
     def watch(self, x: Tensor, h: Tensor, factors: Views) -> None:
-        """Note one use of the matrix: input x (tokens, in) after dropout, output h (tokens, out), the factors of its update."""
+        """Note one use of the matrix: input x (tokens, in) after dropout, output h (tokens, out), and the factors."""
         self.awaited += 1
         self.factors = (factors.exact_A, factors.exact_B)
         h.register_hook(partial(self._arrive, x.detach()))

@@ -1,6 +1,6 @@
 """A frozen linear layer with its update from the bank of components (arXiv 2308.12043).
 
-    h = W0 x + b + delta x,   delta = alpha / rank * B diag(lambda) A
+h = W0 x + b + delta x,   delta = alpha / rank * B diag(lambda) A
 """
 
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from increlora.bank import Bank, Matrix
+from increlora.bank import Bank
+from increlora.components import Matrix
 
 
 class IncrementalLinear(nn.Module):

@@ -27,7 +27,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from increlora import surgery
-from increlora.errors import UserError, check_numbers
+from increlora.errors import UserError
+from increlora.validation import check_numbers
 
 
 @dataclass

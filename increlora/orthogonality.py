@@ -27,7 +27,7 @@ def orthogonal_penalty(stacks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 class _Distances(torch.autograd.Function):
     """|| R R^T - I ||_F of every matrix R, (matrices,).
 
-    R R^T - I is symmetric, so the derivative needs one product where autograd takes two: 2 (R R^T - I) R / || R R^T - I ||.
+    R R^T - I is symmetric, so its derivative, 2 (R R^T - I) R / || R R^T - I ||, needs one product; autograd takes two.
     """
 
     @staticmethod

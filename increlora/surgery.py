@@ -1,12 +1,10 @@
 """Find, freeze and replace modules of a model by name."""
 
-import os.path
 import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from increlora.bank import Bank
 from increlora.errors import UserError
 from increlora.linear import IncrementalLinear
 from increlora.matrices import kind_of
@@ -111,31 +109,6 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` stands."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-BANK = "increlora_bank"  # where the model holds the components
-
-
-def add_bank(model: nn.Module, bank: Bank, matrices: Iterable[str]) -> None:
-    """Make the bank a module of the model, told when a forward begins and ends.
-
-    Args:
-        matrices: names of the adapted matrices. Every module that holds them all begins and ends a pass.
-    """
-    model.add_module(BANK, bank)
-    bank.hooks = []
-    common = os.path.commonprefix([name.split(".")[:-1] for name in matrices])
-    for depth in range(len(common) + 1):
-        module = model.get_submodule(".".join(common[:depth]))
-        bank.hooks.append(module.register_forward_pre_hook(bank.enter))
-        bank.hooks.append(module.register_forward_hook(bank.leave, always_call=True))
-
-
-def remove_bank(model: nn.Module) -> None:
-    """Leave the model as if it had never had a bank."""
-    for hook in model.get_submodule(BANK).hooks:
-        hook.remove()
-    delattr(model, BANK)
 
 
 def _shapes_of_names(names: Iterable[str]) -> list[str]:

@@ -25,19 +25,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from increlora.analysis import figures
-from increlora.analysis.figures import TASKS
+from increlora.analysis import figures, selection
+from increlora.analysis.looks import TASKS
 
 figures.use_style()
-panels = figures.panels(("increlora",))
-print(figures.source_of(panels))
+panels = selection.panels(("increlora",))
+print(selection.source_of(panels))
 MAPS = 8
 
 # %%
 histories = {}
 for task, runs in panels.items():
     seed, run = next(iter(runs["increlora"].items()))
-    history = [(step, *figures.rank_map(run, ranks)) for step, ranks in figures.rank_history(run)]
+    history = [(step, *figures.rank_map(run, ranks)) for step, ranks in selection.rank_history(run)]
     chosen = sorted(set(np.linspace(0, len(history) - 1, min(MAPS, len(history))).round().astype(int)))
     histories[task] = (seed, [history[index] for index in chosen], len(history) - 1)
 
@@ -78,7 +78,7 @@ for axes, (task, runs) in zip(grid[0], panels.items(), strict=True):
     seeds = list(runs["increlora"].values())
     added = []
     for run in seeds:
-        history = figures.rank_history(run)
+        history = selection.rank_history(run)
         steps = [step for step, _ in history]
         maps = np.array([figures.rank_map(run, ranks)[2].sum(0) for _, ranks in history])
         added.append(maps - maps[0])
@@ -89,7 +89,7 @@ for axes, (task, runs) in zip(grid[0], panels.items(), strict=True):
         values = added[:, :, kind]
         line = {"color": color, "linestyle": dashes, "linewidth": 2, "label": label}
         axes.step([*steps, end], [*values.mean(0), values[:, -1].mean()], where="post", **line)
-    axes.set_title(f"{TASKS[task]}, {figures.seeds_of(runs)}")
+    axes.set_title(f"{TASKS[task]}, {selection.seeds_of(runs)}")
     axes.set_xlabel("optimizer steps")
 grid[0][0].set_ylabel("ranks added so far")
 handles, labels = grid[0][0].get_legend_handles_labels()

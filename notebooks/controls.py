@@ -31,24 +31,26 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import figures
+from increlora.analysis import figures, selection
 from increlora.analysis.comparison import ALPHA, common_seeds, compare
-from increlora.analysis.figures import LOOKS, PROTOCOLS, TASKS
+from increlora.analysis.looks import LOOKS, TASKS
+from increlora.analysis.selection import PROTOCOLS
+from increlora.analysis.tables import interval_text
 
 figures.use_style()
 CONTROLS = ("random_growth", "uniform", "static_pattern", "shuffled_pattern")
 panels = {}  # control -> task -> method -> seed -> run; every control from the first experiment that has it
 for control in CONTROLS:
     pair = ("increlora", control)
-    panels[control] = figures.panels(pair, needed=pair)
-    print(f"{LOOKS[control].label}: {figures.source_of(panels[control])}")
+    panels[control] = selection.panels(pair, needed=pair)
+    print(f"{LOOKS[control].label}: {selection.source_of(panels[control])}")
 
 
 # %%
 def compared(control, task, protocol):
     """IncreLoRA against a control over the seeds that both have; None if they have none."""
     runs = panels[control][task]
-    scores = {method: figures.scores(of_method, protocol) for method, of_method in runs.items()}
+    scores = {method: selection.scores(of_method, protocol) for method, of_method in runs.items()}
     seeds = common_seeds(scores)
     diverged = {
         method: [seed for seed, run in of_method.items() if run["status"] == "diverged"]
@@ -96,7 +98,7 @@ for (control, task, protocol), comparison in comparisons.items():
     table.append({
         "against": LOOKS[control].label, "task": TASKS[task], "score": protocol, "seeds": len(comparison.seeds),
         "mean difference": f"{comparison.mean:+.2f}", "SD": f"{comparison.sd:.2f}" if several else "",
-        "95 % interval": figures.interval_text(comparison.differences),
+        "95 % interval": interval_text(comparison.differences),
         "seeds to show 1 point": comparison.seeds_needed(1.0) if several else "",
         "diverged": f"{comparison.diverged[0]}, {comparison.diverged[1]}",
     })  # fmt: skip
@@ -121,7 +123,7 @@ def study(task, control):
     """The comparison, if the study has run it with at least one seed."""
     comparison = comparisons.get((control, task, "last"))
     shown = panels[control].get(task, {}).get(control, {})
-    return comparison if any(figures.experiment(run) == "minilm_study" for run in shown.values()) else None
+    return comparison if any(selection.experiment(run) == "minilm_study" for run in shown.values()) else None
 
 
 def outcome(comparison, going_on):

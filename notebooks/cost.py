@@ -29,9 +29,9 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import figures
-from increlora.analysis.figures import LOOKS, TASKS
-from increlora.glue import results
+from increlora import result_files
+from increlora.analysis import figures, selection
+from increlora.analysis.looks import LOOKS, TASKS
 
 figures.use_style()
 ARMS = {
@@ -41,7 +41,7 @@ ARMS = {
     "increlora, after growth": ("increlora", "IncreLoRA, budget spent"),
     "full": ("full", "full fine-tuning"),
 }
-paths = sorted((figures.RESULTS / "benchmark").glob("*.json"))
+paths = sorted((selection.RESULTS / "benchmark").glob("*.json"))
 benchmarks = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
@@ -102,8 +102,8 @@ for measured in benchmarks:
 # on the same batches.
 
 # %%
-panels = figures.panels(tuple(LOOKS), needed=["increlora", "lora"])
-print(figures.source_of(panels))
+panels = selection.panels(tuple(LOOKS), needed=["increlora", "lora"])
+print(selection.source_of(panels))
 shown = [method for method in LOOKS if any(method in runs for runs in panels.values())]
 figure, grid = plt.subplots(
     2, len(panels), figsize=(1.7 * len(panels) + 1.6, 0.42 * len(shown) + 1.6), squeeze=False, sharey=True
@@ -114,7 +114,7 @@ for (time, memory), (task, runs) in zip(grid.T, panels.items(), strict=True):
         height = shown.index(method)
         figures.draw_with_median(time, height, [cost["seconds"] / cost["steps"] for cost in costs], LOOKS[method])
         figures.draw_with_median(memory, height, [cost["peak_memory_mb"] / 1024 for cost in costs], LOOKS[method])
-    time.set_title(f"{TASKS[task]}\n{figures.seeds_of(runs)}")
+    time.set_title(f"{TASKS[task]}\n{selection.seeds_of(runs)}")
     for axes, label in ((time, "seconds a step"), (memory, "peak memory (GB)")):
         axes.set_xlabel(label)
         axes.set_xlim(0, 1.05 * axes.dataLim.xmax)
@@ -127,7 +127,7 @@ figures.save(figure, "cost_of_runs")
 # %%
 def mean_rank(run):
     """Total rank, averaged over the steps of training: what was trained on the way, not only what is left."""
-    history = [*figures.rank_history(run), (run["cost"]["steps"], {})]
+    history = [*selection.rank_history(run), (run["cost"]["steps"], {})]
     parts = (sum(ranks.values()) * (after - step) for (step, ranks), (after, _) in itertools.pairwise(history))
     return sum(parts) / run["cost"]["steps"]
 
@@ -141,7 +141,7 @@ for task, runs in panels.items():
         rows.append({
             "task": TASKS[task], "method": LOOKS[method].label, "seeds": len(seeds), "steps": f"{costs[0]['steps']:,}",
             "tokens": f"{np.mean([cost['tokens'] for cost in costs]):,.0f}",
-            "padding": f"{np.mean([results.padding_share(cost) for cost in costs]):.1%}",
+            "padding": f"{np.mean([result_files.padding_share(cost) for cost in costs]):.1%}",
             "seconds": f"{np.median([cost['seconds'] for cost in costs]):,.0f}",
             "seconds a step": f"{np.median([cost['seconds'] / cost['steps'] for cost in costs]):.2f}",
             "peak memory, MB": f"{np.median([cost['peak_memory_mb'] for cost in costs]):,.0f}",

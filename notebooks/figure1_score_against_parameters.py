@@ -31,13 +31,14 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.ticker import MaxNLocator
 
-from increlora.analysis import figures
-from increlora.analysis.figures import LOOKS, TASKS
+from increlora.analysis import figures, selection
+from increlora.analysis.looks import LOOKS, TASKS
+from increlora.analysis.tables import interval_text
 
 figures.use_style()
 METHODS = ("increlora", "adalora", "lora", "houlsby", "pfeiffer", "bitfit", "full")
-panels = figures.panels(METHODS, needed=["increlora", "lora"])
-print(figures.source_of(panels))
+panels = selection.panels(METHODS, needed=["increlora", "lora"])
+print(selection.source_of(panels))
 
 
 # %% [markdown]
@@ -84,7 +85,7 @@ for row, (task, runs) in zip(grid, panels.items(), strict=True):
             counts = update(seeds)
             if part[0] <= counts[0] <= part[-1]:
                 width = 0.0 if len(set(counts)) > 1 else 0.5 * margin  # equal counts: spread, so that all are seen
-                figures.draw_seeds(axes, counts, figures.scores(seeds, "last").values(), LOOKS[method], width)
+                figures.draw_seeds(axes, counts, selection.scores(seeds, "last").values(), LOOKS[method], width)
         if axes is not row[0]:
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
@@ -94,7 +95,7 @@ for row, (task, runs) in zip(grid, panels.items(), strict=True):
                 axes.plot([side], [0], transform=axes.transAxes, linestyle="none", **cut)
     one = next(iter(next(iter(runs.values())).values()))
     row[0].set_ylabel(figures.metric(one).replace(" and ", "\nand ").replace(" (", "\n("))
-    row[widths.index(max(widths))].set_title(f"{TASKS[task]}, MiniLM, {figures.seeds_of(runs)}")
+    row[widths.index(max(widths))].set_title(f"{TASKS[task]}, MiniLM, {selection.seeds_of(runs)}")
 figure.supxlabel("update parameters (axis cut where nothing lies)", fontsize=9)
 shown = [method for method in METHODS if any(method in runs for runs in panels.values())]
 handles = [
@@ -111,10 +112,10 @@ for task, runs in panels.items():
         row = {"task": TASKS[task], "method": LOOKS[method].label, "seeds": len(seeds)}
         row["diverged"] = sum(run["status"] == "diverged" for run in seeds.values())
         row["update parameters"] = f"{sum(update(seeds)) / len(seeds):,.0f}"
-        for protocol in figures.PROTOCOLS:
-            scores = figures.scores(seeds, protocol).values()
+        for protocol in selection.PROTOCOLS:
+            scores = selection.scores(seeds, protocol).values()
             row[protocol] = f"{sum(scores) / len(scores):.2f}" if scores else ""
-        row["95 % interval of last"] = figures.interval_text(figures.scores(seeds, "last").values())
+        row["95 % interval of last"] = interval_text(selection.scores(seeds, "last").values())
         rows.append(row)
 display(pd.DataFrame(rows).set_index(["task", "method"]))
 
@@ -134,7 +135,7 @@ NAMES = {
     "Full FT": "full", "BitFit": "bitfit", "HAdapter": "houlsby", "PAdapter": "pfeiffer", "LoRA": "lora",
     "AdaLoRA": "adalora", "IncreLoRA": "increlora",
 }  # fmt: skip
-with (figures.RESULTS / "paper" / "published.csv").open(encoding="utf-8") as file:
+with (selection.RESULTS / "paper" / "published.csv").open(encoding="utf-8") as file:
     published = [
         row
         for row in csv.DictReader(file)

@@ -27,19 +27,19 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import figures
-from increlora.analysis.figures import LOOKS, TASKS
+from increlora.analysis import figures, selection
+from increlora.analysis.looks import LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora")
-panels = figures.panels(METHODS, needed=METHODS)
-print(figures.source_of(panels))
+panels = selection.panels(METHODS, needed=METHODS)
+print(selection.source_of(panels))
 
 
 # %%
 def ranks_at(run, matrix, steps):
     """Rank of a matrix at each of these steps."""
-    changes = [(step, ranks[matrix]) for step, ranks in figures.rank_history(run)]
+    changes = [(step, ranks[matrix]) for step, ranks in selection.rank_history(run)]
     when, rank = map(np.array, zip(*changes, strict=True))
     return rank[np.searchsorted(when, steps, side="right") - 1]
 
@@ -80,7 +80,7 @@ for axes, (task, runs) in zip(grid[0], panels.items(), strict=True):
         })  # fmt: skip
     dashes = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "color": LOOKS["adalora"].color}
     axes.axhline(cap(runs["adalora"]), label="AdaLoRA's cap: the rank it starts at", **dashes)
-    axes.set_title(f"{TASKS[task]}, {figures.seeds_of(runs)}\n", loc="left")
+    axes.set_title(f"{TASKS[task]}, {selection.seeds_of(runs)}\n", loc="left")
     axes.text(0, 1.02, words(matrix), transform=axes.transAxes, fontsize=8, color="#444444")
     axes.set_xlabel("optimizer steps")
 grid[0][0].set_ylabel("rank of the matrix")

@@ -32,8 +32,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import comparison, figures
-from increlora.analysis.figures import LOOKS, TASKS
+from increlora.analysis import comparison, figures, selection
+from increlora.analysis.looks import BACKBONES, LOOKS, TASKS
+from increlora.analysis.tables import interval_text
 
 figures.use_style()
 METHODS = ("increlora", "lora")
@@ -42,7 +43,7 @@ METHODS = ("increlora", "lora")
 def of_the_paper(run):
     """Whether a run is one of `figure4_budgets`."""
     growth = "method.top_h=null" in run["run"]["overrides"] or run["run"]["method"] == "lora"
-    return growth and run["run"]["backbone"] == "deberta_v3_base" and figures.experiment(run) is None
+    return growth and run["run"]["backbone"] == "deberta_v3_base" and selection.experiment(run) is None
 
 
 def average_rank(run):
@@ -51,11 +52,11 @@ def average_rank(run):
 
 
 grouped = {}  # (backbone, task) -> average rank -> runs
-for run in [*figures.short_runs("figure 4"), *filter(of_the_paper, figures.load(METHODS))]:
+for run in [*selection.short_runs("figure 4"), *filter(of_the_paper, selection.load(METHODS))]:
     place = grouped.setdefault((run["run"]["backbone"], run["run"]["task"]), {})
     place.setdefault(average_rank(run), []).append(run)
 panels = {
-    place: {average: figures.by_method(runs) for average, runs in sorted(budgets.items())}
+    place: {average: selection.by_method(runs) for average, runs in sorted(budgets.items())}
     for place, budgets in grouped.items()
 }
 if not panels:
@@ -73,7 +74,7 @@ if panels:
             look, means = LOOKS[method], {}
             for place, found in enumerate(budgets.values()):
                 if method in found:
-                    scores = figures.scores(found[method], "last").values()
+                    scores = selection.scores(found[method], "last").values()
                     figures.draw_seeds(axes, place + shift, scores, look, width=0.12)
                     means[place + shift] = sum(scores) / len(scores)
             axes.plot(means.keys(), means.values(), color=look.color, linewidth=1, zorder=1)
@@ -84,8 +85,8 @@ if panels:
         counts = {(method, average): seeds for average, found in budgets.items() for method, seeds in found.items()}
         one = next(iter(next(iter(counts.values())).values()))
         axes.set_ylabel(figures.metric(one))
-        steps, name = one["cost"]["steps"], figures.BACKBONES.get(backbone, backbone)
-        axes.set_title(f"{TASKS[task]}, {name}, {steps:,} steps\n{figures.seeds_of(counts)}")
+        steps, name = one["cost"]["steps"], BACKBONES.get(backbone, backbone)
+        axes.set_title(f"{TASKS[task]}, {name}, {steps:,} steps\n{selection.seeds_of(counts)}")
     handles = [
         plt.Line2D([], [], color=LOOKS[m].color, marker=LOOKS[m].marker, linewidth=1, label=LOOKS[m].label)
         for m in METHODS
@@ -98,14 +99,14 @@ rows = []
 for (backbone, task), budgets in panels.items():
     for average, found in budgets.items():
         for method, seeds in found.items():
-            last, best = (figures.scores(seeds, protocol).values() for protocol in ("last", "best"))
+            last, best = (selection.scores(seeds, protocol).values() for protocol in ("last", "best"))
             parameters = [run["parameters"]["last"]["update"] for run in seeds.values()]
             rows.append({
                 "backbone": backbone, "task": TASKS[task], "average rank": f"{average:g}",
                 "method": LOOKS[method].label, "seeds": len(seeds),
                 "update parameters": f"{sum(parameters) / len(parameters):,.0f}",
                 "last": f"{sum(last) / len(last):.2f}", "best": f"{sum(best) / len(best):.2f}",
-                "95 % interval of last": figures.interval_text(last),
+                "95 % interval of last": interval_text(last),
             })  # fmt: skip
 if rows:
     display(pd.DataFrame(rows).set_index(["backbone", "task", "average rank", "method"]))
@@ -118,13 +119,13 @@ if rows:
 rows = []
 for (backbone, task), budgets in panels.items():
     for average, found in budgets.items():
-        scores = {method: figures.scores(found.get(method, {}), "last") for method in METHODS}
+        scores = {method: selection.scores(found.get(method, {}), "last") for method in METHODS}
         if seeds := comparison.common_seeds(scores):
             compared = comparison.compare(scores, *METHODS, seeds)
             rows.append({
                 "backbone": backbone, "task": TASKS[task], "average rank": f"{average:g}", "seeds": len(seeds),
                 "mean difference": f"{compared.mean:+.2f}",
-                "95 % interval": figures.interval_text(compared.differences),
+                "95 % interval": interval_text(compared.differences),
             })  # fmt: skip
 if rows:
     display(pd.DataFrame(rows).set_index(["backbone", "task", "average rank"]))
@@ -136,6 +137,6 @@ if rows:
 # runs above.
 
 # %%
-with (figures.RESULTS / "paper" / "published.csv").open(encoding="utf-8") as file:
+with (selection.RESULTS / "paper" / "published.csv").open(encoding="utf-8") as file:
     known = [row for row in csv.DictReader(file) if row["table"] == "Figure 4"]
 display(pd.DataFrame(known)[["source", "task", "method", "value", "verified"]].set_index("source"))

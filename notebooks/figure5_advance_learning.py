@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import figures
+from increlora.analysis import figures, selection
 
 figures.use_style()
 
@@ -38,9 +38,9 @@ def penalties(run):
     return [(step, value) for step, value in points if value is not None]
 
 
-runs = [run for run in figures.short_runs("figure 5") if penalties(run)]
+runs = [run for run in selection.short_runs("figure 5") if penalties(run)]
 arms = {
-    label: figures.by_method(r for r in runs if r["config"]["method"]["advance_learning"] is with_it).get(
+    label: selection.by_method(r for r in runs if r["config"]["method"]["advance_learning"] is with_it).get(
         "increlora", {}
     )
     for label, with_it in (("with advance learning", True), ("without", False))

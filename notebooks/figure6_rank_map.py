@@ -24,13 +24,13 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import figures
-from increlora.analysis.figures import LOOKS, TASKS
+from increlora.analysis import figures, selection
+from increlora.analysis.looks import LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora")
-panels = figures.panels(METHODS, needed=METHODS)
-print(figures.source_of(panels))
+panels = selection.panels(METHODS, needed=METHODS)
+print(selection.source_of(panels))
 
 # %%
 maps = {}
@@ -47,7 +47,7 @@ for column, (task, runs) in enumerate(panels.items()):
     for axes, method in zip(grid[:, column], METHODS, strict=True):
         layers, kinds, cells = maps[task, method]
         image = figures.draw_rank_map(axes, cells, layers, kinds, highest)
-        axes.set_title(f"{TASKS[task]}, {LOOKS[method].label}\n{figures.seeds_of({method: runs[method]})}")
+        axes.set_title(f"{TASKS[task]}, {LOOKS[method].label}\n{selection.seeds_of({method: runs[method]})}")
 for axes in grid[:, 0]:
     axes.set_ylabel("layer")
 figure.colorbar(image, ax=grid, label="rank at the end, mean over seeds", shrink=0.6, aspect=30)

@@ -35,14 +35,14 @@ import pandas as pd
 from IPython.display import display
 from scipy import stats
 
-from increlora.analysis import figures
-from increlora.analysis.figures import KINDS, LOOKS, TASKS
+from increlora.analysis import figures, selection
+from increlora.analysis.looks import KINDS, LOOKS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora", "random_growth")
 DEALINGS = 9999
-panels = figures.panels(METHODS, needed=["increlora"])
-print(figures.source_of(panels))
+panels = selection.panels(METHODS, needed=["increlora"])
+print(selection.source_of(panels))
 
 
 # %%
@@ -107,7 +107,7 @@ if tasks:
             axes.grid(axis="x", visible=False)
             axes.set_xticks(range(len(shown)), [LOOKS[method].label.replace(" ", "\n") for method in shown])
             axes.set_xlim(-0.6, len(shown) - 0.4)
-        grid[0, column].set_title(f"{TASKS[task]}\n{figures.seeds_of({m: panels[task][m] for m in shown})}")
+        grid[0, column].set_title(f"{TASKS[task]}\n{selection.seeds_of({m: panels[task][m] for m in shown})}")
     for axes, measure in zip(grid[:, 0], MEASURES, strict=True):
         axes.set_ylabel(f"{measure}\nof two seeds")
     handles = [
@@ -143,7 +143,7 @@ if rows:
 # RTE, so its ranks there are those of a model that has learned little.
 
 # %%
-with (figures.RESULTS / "paper" / "allocation.csv").open(encoding="utf-8") as file:
+with (selection.RESULTS / "paper" / "allocation.csv").open(encoding="utf-8") as file:
     known = list(csv.DictReader(file))
 published = {
     axis: {row["name"]: float(row["ranks_added"]) for row in known if row["axis"] == axis} for axis in ("kind", "layer")

@@ -35,7 +35,9 @@ from baselines.lora import LoRA
 from increlora.algorithm import IncreLoRA
 from increlora.glue import config, results
 from increlora.glue.batching import epoch_batches, padding_share
-from increlora.glue.loop import Settings, Training, peak_memory_mb, predict
+from increlora.glue.evaluate import predict
+from increlora.glue.loop import Training, peak_memory_mb
+from increlora.glue.settings import Settings
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Silent
 from increlora.importance import sensitivity

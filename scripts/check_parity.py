@@ -24,7 +24,8 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.glue.loop import make_optimizer, take_step
+from increlora.glue.settings import Settings
 from increlora.groups import set_learning_rates
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from increlora.glue import config, results
+from increlora import result_files
+from increlora.glue import config
 
 DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
 
@@ -30,8 +31,8 @@ def main() -> None:
     parser.add_argument("--dirty", action="store_true", help="also results of a tree with uncommitted changes")
     arguments = parser.parse_args()
     taken = 0
-    for path in sorted(arguments.source.rglob(results.FILE_NAME)):
-        result = results.read(path)
+    for path in sorted(arguments.source.rglob(result_files.FILE_NAME)):
+        result = result_files.read(path)
         commits = result["code"].get("commits", [])
         if (result["code"]["dirty"] or len(commits) > 1) and not arguments.dirty:
             reason = f"it ran on {', '.join(commits)}" if len(commits) > 1 else "the tree had uncommitted changes"

@@ -16,7 +16,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from increlora.glue.config import CONFIGS
-from increlora.glue.loop import Settings
+from increlora.glue.settings import Settings
 
 PAGE = CONFIGS.parent / "docs" / "configuration.md"
 OF_ALL = ("name", "seed", "kinds", "head", "_target_")

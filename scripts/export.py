@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from increlora.errors import UserError
-from increlora.glue import config, finished_run
+from increlora.glue import config, export, finished_run
 from increlora.glue.finished_run import Trained
 from increlora.glue.tasks import zip_columns
-from increlora.integrations import peft_export
+from increlora.integrations.peft_export import whole
 from increlora.streams import stream
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1
@@ -34,7 +34,7 @@ def main() -> None:
     run = finished_run.load(
         arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"]
     )
-    with peft_export.whole(output) as folder:
+    with whole(output) as folder:
         difference, largest = write_and_compare(run, folder, arguments.format, arguments.base)
     print(f"{output}: read back, its logits differ by at most {difference:.1e} (largest logit {largest:.2f})")
 
@@ -70,10 +70,10 @@ def write_and_compare(run: Trained, folder: Path, kind: str, base: str | None = 
     texts = probes(run)
     expected = run.logits(texts)
     if kind == "peft":
-        peft_export.write_adapter(run, folder, base)
+        export.write_adapter(run, folder, base)
         model = adapter_model(run, folder)
     else:
-        peft_export.write_merged(run, folder)
+        export.write_merged(run, folder)
         model = merged_model(folder)
     difference = (logits(model, folder, texts) - expected).abs().max().item()
     largest = expected.abs().max().item()

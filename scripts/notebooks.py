@@ -5,7 +5,7 @@
 
 The .py file (jupytext, percent format) is the notebook. Each runs in a fresh kernel, and nothing that changes from
 one run to the next is kept: no times, no kernel versions, no random ids. A file that would stay the same is not
-touched. The figures go to results/figures. Needs `pip install -e '.[notebooks]'`.
+touched. The figures go to results/figures. Needs `pip install -e '.[glue,notebooks]'`.
 """
 
 import argparse

@@ -24,7 +24,8 @@ from torch import Tensor
 from increlora.errors import UserError
 from increlora.files import writing
 from increlora.glue import config, finished_run
-from increlora.glue.tasks import Task, decoded
+from increlora.glue.tasks import Task
+from increlora.glue.tsv import decoded
 
 FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl", "-": "jsonl"}
 

@@ -16,10 +16,11 @@ import jinja2
 import yaml
 from matplotlib.ticker import MaxNLocator
 
-from increlora.analysis.figures import rank_history
+from increlora import result_files
+from increlora.analysis.selection import rank_history
 from increlora.errors import UserError
 from increlora.files import writing
-from increlora.glue import config, results
+from increlora.glue import config
 from increlora.matrices import kind_of, layer_of, rank_map
 
 TEMPLATE = "report.html.jinja"
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory, or a result file")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; default: beside the result file")
     arguments = parser.parse_args()
-    path = arguments.run / results.FILE_NAME if arguments.run.is_dir() else arguments.run
+    path = arguments.run / result_files.FILE_NAME if arguments.run.is_dir() else arguments.run
     output = arguments.output or path.with_suffix(".html")
     page = report(read(path))
     with writing(output):
@@ -51,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is something else.
     """
-    result = results.read(path)
+    result = result_files.read(path)
     missing = [part for part in PARTS if not isinstance(result, dict) or part not in result]
     if missing:
         raise UserError(
@@ -77,7 +78,7 @@ def report(result: Mapping[str, Any]) -> str:
         primary=primary if isinstance(primary, str) else "mean of " + " and ".join(primary),
         drawing=draw(result) if result["curve"] else None,
         growth=growth(result) if result["ranks"]["start"] else None,
-        padding=results.padding_share(result["cost"]),
+        padding=result_files.padding_share(result["cost"]),
         command=command(result),
         resolved=yaml.safe_dump(result["config"], sort_keys=False, allow_unicode=True, width=1000),
     )

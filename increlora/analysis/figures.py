@@ -1,9 +1,6 @@
-"""What all figures share: which runs they show, how a method looks, and vector files that are the same every time."""
+"""What all figures share: one style, files that are the same every time, seeds, differences and rank maps drawn."""
 
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -12,56 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from increlora.analysis import comparison
-from increlora.errors import UserError
-from increlora.glue import results
+from increlora import matrices
+from increlora.analysis import comparison, selection
+from increlora.analysis.looks import KINDS, METRICS, Look
+from increlora.analysis.selection import Run
 
-RESULTS = Path(os.environ.get("INCRELORA_RESULTS", Path(__file__).resolve().parents[2] / "results"))
-EXPERIMENTS = ("minilm_study", "minilm_comparison", "minilm_5_epochs")  # what is shown, the first that has it
-TUNING_SEED = 40  # chose the learning rates of the study, and so is in no figure
-PROTOCOLS = ("last", "best", "clean")
-
-Run = Mapping[str, Any]  # the content of a result file
-Runs = dict[str, dict[int, Run]]  # method -> seed -> run
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a method looks, in every figure."""
-
-    label: str
-    color: str
-    marker: str
-
-
-# Okabe and Ito's palette for published methods, Tol's muted one for controls: colour-blind readers tell them apart
-LOOKS = {
-    "increlora": Look("IncreLoRA", "#D55E00", "o"),
-    "adalora": Look("AdaLoRA", "#009E73", "^"),
-    "lora": Look("LoRA", "#0072B2", "s"),
-    "houlsby": Look("Houlsby adapter", "#E69F00", "P"),
-    "pfeiffer": Look("Pfeiffer adapter", "#56B4E9", "X"),
-    "bitfit": Look("BitFit", "#CC79A7", "v"),
-    "full": Look("full fine-tuning", "#000000", "D"),
-    "uniform": Look("uniform ranks", "#332288", "h"),
-    "random_growth": Look("random growth", "#882255", "p"),
-    "static_pattern": Look("static pattern", "#999933", "*"),
-    "shuffled_pattern": Look("shuffled pattern", "#777777", "d"),
-}
-TASKS = {
-    "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP",
-    "mnli": "MNLI", "wnli": "WNLI",
-}  # fmt: skip
-BACKBONES = {"minilm": "MiniLM", "deberta_v3_base": "DeBERTaV3-base"}
-KINDS = {
-    "query": "$W_q$", "key": "$W_k$", "value": "$W_v$", "attention_output": "$W_o$", "intermediate": "$W_{f1}$",
-    "output": "$W_{f2}$",
-}  # fmt: skip
-METRICS = {
-    "accuracy": "accuracy (%)",
-    "matthews_correlation": "Matthews correlation (×100)",
-    "pearson+spearmanr": "mean of Pearson and Spearman (×100)",
-}
 STYLE = {
     "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.bbox": "tight", "savefig.pad_inches": 0.05,
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.labelsize": 9, "legend.fontsize": 8.5,
@@ -85,7 +37,7 @@ def save(figure: Figure, name: str) -> None:
         ValueError: an axis ends before its data do.
     """
     _refuse_cut_data(figure, name)
-    path = RESULTS / "figures" / f"{name}.svg"
+    path = selection.RESULTS / "figures" / f"{name}.svg"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
@@ -97,92 +49,7 @@ def _refuse_cut_data(figure: Figure, name: str) -> None:
                 raise ValueError(f"{name}: an axis from {view.min():g} to {view.max():g} cuts data off at {data}")
 
 
-# which runs
-
-
-def experiment(run: Run) -> str | None:
-    """The experiment that a run was asked for with, None if with none."""
-    chosen = [override for override in run["run"]["overrides"] if override.startswith("experiment=")]
-    return chosen[0].partition("=")[2] if chosen else None
-
-
-def load(method: Collection[str] | None = None) -> list[Run]:
-    """The committed runs, by default of all methods, without those that chose learning rates."""
-    runs = results.load_runs(RESULTS / "runs")
-    return [run for run in runs if run["run"]["seed"] != TUNING_SEED and (not method or run["run"]["method"] in method)]
-
-
-def by_method(runs: Iterable[Run]) -> Runs:
-    """Method -> seed -> run, in the order of `LOOKS` and of the seeds.
-
-    Raises:
-        UserError: a method has no look, or two runs with one seed: which of them is meant?
-    """
-    runs = list(runs)
-    if unknown := {run["run"]["method"] for run in runs} - set(LOOKS):
-        raise UserError(
-            f"the method '{min(unknown)}' has no color and marker yet: add it to LOOKS in increlora/analysis/figures.py"
-        )
-    found: Runs = {}
-    for run in sorted(runs, key=lambda run: (list(LOOKS).index(run["run"]["method"]), run["run"]["seed"])):
-        method, seed = run["run"]["method"], run["run"]["seed"]
-        if seed in found.setdefault(method, {}):
-            raise UserError(
-                f"{method} on {run['run']['task']} has two runs with seed {seed} in {experiment(run)}; "
-                "keep the one that is meant in results/runs."
-            )
-        found[method][seed] = run
-    return found
-
-
-def panels(methods: Sequence[str], needed: Collection[str] = (), budget: str = "r2") -> dict[str, Runs]:
-    """Task -> method -> seed -> run: what to show of these methods, one experiment per task.
-
-    Args:
-        methods: what to show.
-        needed: methods without which an experiment is passed over; default: any of `methods` will do.
-        budget: of these runs only.
-
-    Raises:
-        UserError: there is nothing to show.
-    """
-    runs = [run for run in load(methods) if run["run"]["budget"] == budget]
-    shown = {}
-    for task, name in ((task, name) for task in TASKS for name in EXPERIMENTS):
-        found = by_method(run for run in runs if run["run"]["task"] == task and experiment(run) == name)
-        if found and task not in shown and set(needed) <= set(found):
-            shown[task] = found
-    if not shown:
-        raise UserError(f"no task has results of {' and '.join(needed or methods)} in {RESULTS.name}/runs")
-    return shown
-
-
-def short_runs(purpose: str) -> list[Run]:
-    """The runs whose `settings_from` begins with what they are for, e.g. `figure 4` (configs/sweep/figure4.yaml)."""
-    return [run for run in load() if run["run"]["settings_from"].startswith(f"{purpose} ")]
-
-
-def seeds_of(runs: Runs) -> str:
-    """How many seeds, in words for a title: `n = 6 seeds`, or `n = 1 to 6 seeds`."""
-    counts = sorted({len(seeds) for seeds in runs.values()})
-    return f"n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seed{'s' * (counts[-1] > 1)}"
-
-
-def source_of(panels: Mapping[str, Runs]) -> str:
-    """Which runs a figure shows, in one line: backbone, experiment and tasks."""
-    told: dict[str, list[str]] = {}
-    for task, runs in panels.items():
-        run = next(iter(next(iter(runs.values())).values()))
-        told.setdefault(f"{run['run']['backbone']}, {experiment(run)}", []).append(f"{TASKS[task]} ({seeds_of(runs)})")
-    return "; ".join(f"{source}: {', '.join(tasks)}" for source, tasks in told.items())
-
-
-# what is read from them
-
-
-def scores(runs: Mapping[int, Run], protocol: str) -> dict[int, float]:
-    """Seed -> score times 100, of the runs that have it: last, best (on dev) or clean (chosen on held-out data)."""
-    return {seed: 100 * run["scores"][protocol]["score"] for seed, run in runs.items() if protocol in run["scores"]}
+# what is drawn
 
 
 def metric(run: Run) -> str:
@@ -191,22 +58,10 @@ def metric(run: Run) -> str:
     return METRICS[primary if isinstance(primary, str) else "+".join(primary)]
 
 
-def rank_history(run: Run) -> list[tuple[int, dict[str, int]]]:
-    """(step, matrix -> rank from that step on): at the start, and after every change."""
-    history = [(0, dict(run["ranks"]["start"]))]
-    for change in run["allocations"]:
-        ranks = history[-1][1]
-        history.append((change["step"], ranks | {name: ranks[name] + by for name, by in change["added"].items()}))
-    return history
-
-
 def rank_map(run: Run, ranks: Mapping[str, int]) -> tuple[list[int], list[str], NDArray]:
     """Layers, labels of the kinds of matrices, and the ranks as (layers, kinds)."""
-    layers, kinds, cells = results.rank_map(ranks, run["config"]["method"]["kinds"])
+    layers, kinds, cells = matrices.rank_map(ranks, run["config"]["method"]["kinds"])
     return layers, [KINDS.get(kind, kind) for kind in kinds], np.array(cells)
-
-
-# drawing
 
 
 def draw_seeds(axes: Axes, x: float | ArrayLike, values: Collection[float], look: Look, width: float = 0.0) -> None:
@@ -261,11 +116,3 @@ def draw_rank_map(axes: Axes, cells: NDArray, layers: Sequence[int], kinds: Sequ
         color = "white" if value > 0.6 * highest else "#222222"
         axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", color=color, fontsize=7.5)
     return image
-
-
-def interval_text(values: Collection[float]) -> str:
-    """The 95 % interval of a mean as a table shows it; with one seed, why there is none."""
-    if len(values) < 2:
-        return "n too small"
-    interval = comparison.interval(list(values))
-    return f"[{interval.low:.2f}, {interval.high:.2f}]"

@@ -1,6 +1,6 @@
 """Batches of equal size, bucketed by length, whose order is a function of (seed, epoch) alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +53,11 @@ def collate(split: "Split", indices: Sequence[int], pad_id: int) -> dict[str, Te
     if split.token_type_ids is not None:
         batch["token_type_ids"] = _padded([split.token_type_ids[i] for i in indices], width, 0)
     return batch
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:

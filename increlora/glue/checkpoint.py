@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from increlora.errors import UserError, first_line
 from increlora.files import changed_keys, writing
-from increlora.glue.results import with_moved_classes
 from increlora.method import Method
+from increlora.result_files import with_moved_classes
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # 2: components lie in the bank
@@ -46,7 +46,7 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")})
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with writing(path, SafetensorError):
         save_file(tensors, temporary, metadata={"increlora": text})  # of several keys the order would be random
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -71,8 +71,8 @@ def read(path: Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {})["increlora"])
             if header["format"] != FORMAT:
                 raise UserError(
-                    f"{path} is of checkpoint format {header['format']}, this version reads {FORMAT}: use the version that "
-                    "wrote it, or run again with overwrite=true"
+                    f"{path} is of checkpoint format {header['format']}, this version reads {FORMAT}: use the "
+                    "version that wrote it, or run again with overwrite=true"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return _with_tensors(header["document"], tensors)

@@ -13,12 +13,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from increlora import result_files
 from increlora.errors import UserError
 from increlora.files import changed_keys
 from increlora.glue import checkpoint, config, results, token_cache
 from increlora.glue.backbone import Backbone
-from increlora.glue.batching import collate, evaluation_batches
-from increlora.glue.loop import AUTOCAST, Settings
+from increlora.glue.batching import collate, evaluation_batches, to_device
+from increlora.glue.settings import Settings
 from increlora.glue.tasks import Examples, Task
 from increlora.method import Method
 
@@ -84,9 +85,8 @@ class Trained:
 
     @torch.inference_mode()
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        device, dtype = self.settings.torch_device, AUTOCAST[self.settings.precision]
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+        with self.settings.autocast():
+            return self.model(**to_device(batch, self.settings.torch_device)).logits
 
 
 def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Trained:
@@ -114,7 +114,7 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
     method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
     checkpoint.load_model_state(model, method, state)
     if method.ranks() != result["ranks"].get(name, {}):
-        raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {results.FILE_NAME}")
+        raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {result_files.FILE_NAME}")
     model.to(settings.torch_device).eval()
     return Trained(result, name, settings, backbone, task, method, model, backbone.tokenizer())
 
@@ -140,21 +140,23 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory holds none.
     """
-    path = run_dir / results.FILE_NAME
+    path = run_dir / result_files.FILE_NAME
     if not path.is_file():
-        results.refuse_unfinished(run_dir)
+        result_files.refuse_unfinished(run_dir)
         raise UserError(f"{path}: no such file; give the directory of a finished run, as run.py names it at its end")
-    return results.read(path)
+    return result_files.read(path)
 
 
 def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Structure and weights in a checkpoint that belongs to the result."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the run's weights are needed beside its {results.FILE_NAME}")
+        raise UserError(f"{path}: no such file; the run's weights are needed beside its {result_files.FILE_NAME}")
     document = checkpoint.read(path)
-    identity = results.with_moved_classes(document["identity"])
+    identity = result_files.with_moved_classes(document["identity"])
     expected = {"config": result["config"], "data": result["data"]["fingerprint"], **result.get("inputs", {})}
     changed = changed_keys({key: identity.get(key) for key in expected}, expected)
     if changed:
-        raise UserError(f"{path} is of another run than {results.FILE_NAME}: it differs in {', '.join(changed[:5])}")
+        raise UserError(
+            f"{path} is of another run than {result_files.FILE_NAME}: it differs in {', '.join(changed[:5])}"
+        )
     return document["state"]

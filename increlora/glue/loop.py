@@ -1,10 +1,8 @@
-"""The one way of training anything here: the loop, one optimizer step, evaluation."""
+"""The one way of training anything here: the loop, and one optimizer step."""
 
-import contextlib
 import itertools
 import logging
 import math
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,119 +15,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from increlora import distributed, groups
-from increlora.errors import Interrupted, UserError, check_numbers
+from increlora.errors import Interrupted, UserError
 from increlora.glue import checkpoint
-from increlora.glue.batching import collate, epoch_batches, evaluation_batches
+from increlora.glue.batching import collate, epoch_batches, to_device
 from increlora.glue.checkpoint import Checkpoints
+from increlora.glue.evaluate import Evaluation, best, evaluate
+from increlora.glue.settings import Settings
 from increlora.glue.stop_request import StopRequest
-from increlora.glue.tasks import Split, Task, TaskData
+from increlora.glue.tasks import Task, TaskData
 from increlora.glue.tracker import Tracker
 from increlora.method import Method
 from increlora.streams import derive_seed
 
 log = logging.getLogger(__name__)
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Settings:
-    """How to train: the keys of `train` in configs/config.yaml, plus seed, precision and device.
-
-    Args:
-        learning_rate: peak of the schedule; it warms up over `warmup_steps`, then falls linearly to 0.
-        weight_decay: of AdamW; not on biases and normalisation weights.
-        batch_size: examples per optimizer step.
-        eval_batch_size: examples at a time in evaluation; no score depends on it.
-        accumulation: micro-batches that a batch is split into.
-        epochs: passes over the training data.
-        max_steps: optimizer steps after which a run ends at the latest.
-        warmup_steps: of the learning rate; new parameters get a warmup of their own of this length.
-        max_grad_norm: gradients are clipped to this norm over all parameters.
-        eval_interval: optimizer steps between evaluations; the last step is always evaluated.
-        log_interval: optimizer steps between log lines.
-        checkpoint_interval: optimizer steps between checkpoints.
-        max_skipped: non-finite steps in a row after which the run counts as diverged.
-        precision: fp32, bf16 (autocast) or fp16 (autocast and loss scaling, GPU only).
-        device: auto, cpu, cuda or cuda:<n>.
-        progress: show a progress bar.
-    """
-
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    batch_size: int = 32
-    eval_batch_size: int = 64
-    accumulation: int = 1
-    epochs: float = 5
-    max_steps: int | None = None
-    warmup_steps: int = 100
-    max_grad_norm: float = 1.0
-    eval_interval: int = 100
-    log_interval: int = 10
-    checkpoint_interval: int = 100
-    max_skipped: int = 20
-    precision: str = "fp32"
-    device: str = "auto"
-    seed: int = 41
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.precision not in AUTOCAST:
-            raise UserError(f"precision must be one of {', '.join(AUTOCAST)}, it is '{self.precision}'")
-        check_numbers(self, "train")
-        positive = ("epochs", "batch_size", "eval_batch_size", "accumulation", "eval_interval", "log_interval")
-        for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped", "learning_rate", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"train.{name} must be above 0, it is {value}")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} must not be negative, it is {getattr(self, name)}")
-        if self.batch_size % (self.accumulation * distributed.processes()):
-            raise UserError(
-                f"train.accumulation ({self.accumulation}) times the processes ({distributed.processes()}) "
-                f"must divide train.batch_size ({self.batch_size})"
-            )
-        if self.precision == "fp16" and self.torch_device.type != "cuda":
-            raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or fp32")
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device to train on.
-
-        Raises:
-            UserError: a GPU is asked for and there is none.
-        """
-        if self.device == "auto" and not torch.cuda.is_available():
-            return torch.device("cpu")
-        if self.device in ("auto", "cuda") and torch.cuda.is_available():
-            return torch.device("cuda", distributed.local_rank())
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"device must be auto, cpu, cuda or cuda:<n>, it is '{self.device}'")
-        device = torch.device(self.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(
-                f"device={self.device} was asked for, but this machine has {torch.cuda.device_count()} GPUs. "
-                "Use device=cpu or device=auto."
-            )
-        return device
-
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of a run on this many training examples."""
-        steps = math.ceil(self.epochs * math.ceil(examples / self.batch_size))
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
-
-@dataclass
-class Evaluation:
-    """One point of the curve: what an evaluation measured, and the model it measured."""
-
-    step: int
-    epoch: float
-    scores: dict[str, dict[str, float]]  # split -> metric -> value; the metric "score" is the primary one
-    ranks: dict[str, int]
-    parameters: dict[str, int]
-    seconds: float
-    orthogonal_penalty: float | None = None  # unweighted; None where the method has none
 
 
 @dataclass
@@ -215,7 +113,7 @@ def take_step(
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     # one reading for all of it, which is when a GPU is waited for
-    told = torch.stack([torch.stack(losses).sum(), norm, norm.new_tensor(float(stop))]).double()
+    told = torch.stack([torch.stack(losses).sum(), norm, norm.new_full((), float(stop))]).double()
     loss, gradient_norm, stopping = distributed.mean(told).tolist()
     taken = math.isfinite(gradient_norm) and math.isfinite(loss)
     if taken:
@@ -313,7 +211,7 @@ class Training:
         groups.set_learning_rates(self.optimizer, progress.step, self.total_steps, settings.warmup_steps)
         self.model.train()
         mine = self._parts(indices)[distributed.rank()]
-        micro_batches = [_to(self.device, collate(self.data.train, part, self.pad_id)) for part in mine]
+        micro_batches = [to_device(collate(self.data.train, part, self.pad_id), self.device) for part in mine]
         allocations = len(method.allocations)
         report = take_step(
             progress.step, micro_batches, self._loss_of, method, self.optimizer, settings, self.scaler, stop
@@ -330,7 +228,7 @@ class Training:
 
     def _loss_of(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch.pop("labels")
-        with _autocast(self.settings):
+        with self.settings.autocast():
             logits = self.model(**batch).logits
         return self.task.loss(logits, labels)
 
@@ -453,11 +351,6 @@ class Training:
         raise Interrupted(f"stopped after step {self.progress.step} of {self.total_steps}; {kept}", number)
 
 
-def best(curve: list[Evaluation], split: str) -> Evaluation | None:
-    """The evaluation with the highest primary score on a split, the earliest of equals."""
-    return max(curve, key=lambda evaluation: evaluation.scores[split]["score"], default=None)
-
-
 def peak_memory_mb(device: torch.device) -> float:
     """The most memory that this process has held so far, in MB: of the GPU, or resident in main memory."""
     if device.type == "cuda":
@@ -469,48 +362,3 @@ def peak_memory_mb(device: torch.device) -> float:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-# evaluation
-
-
-def predict(model: nn.Module, split: Split, task: Task, settings: Settings, pad_id: int = 0) -> tuple[Tensor, float]:
-    """Predictions for a split in its own order, (examples,), and the mean task loss over it.
-
-    The batches are shared out over the processes; every process gets all predictions.
-    """
-    device = settings.torch_device
-    predictions: dict[int, Any] = {}
-    total_loss = 0.0
-    batches = evaluation_batches(split.lengths, settings.eval_batch_size)
-    model.eval()
-    with torch.inference_mode(), _autocast(settings):
-        for indices in batches[distributed.rank() :: distributed.processes()]:
-            batch = _to(device, collate(split, indices, pad_id))
-            labels = batch.pop("labels")
-            logits = model(**batch).logits
-            total_loss += task.loss(logits, labels).item() * len(indices)
-            predictions |= dict(zip(indices, task.predict(logits).tolist(), strict=True))
-    shares, losses = zip(*distributed.gather((predictions, total_loss)), strict=True)
-    predictions = {index: value for share in shares for index, value in share.items()}
-    return torch.tensor([predictions[i] for i in range(len(split))]), sum(losses) / len(split)
-
-
-def evaluate(
-    model: nn.Module, task: Task, data: TaskData, settings: Settings, pad_id: int = 0
-) -> dict[str, dict[str, float]]:
-    """Every metric of the task and the mean loss on every evaluation split."""
-    scores = {}
-    for name, split in data.evaluation.items():
-        predictions, loss = predict(model, split, task, settings, pad_id)
-        scores[name] = task.evaluate(predictions.tolist(), split.labels) | {"loss": loss}
-    return scores
-
-
-def _autocast(settings: Settings) -> contextlib.AbstractContextManager:
-    dtype = AUTOCAST[settings.precision]
-    return torch.autocast(settings.torch_device.type, dtype) if dtype else contextlib.nullcontext()
-
-
-def _to(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,14 +1,13 @@
 """What a task is: its texts and labels, from the hub or a folder of TSV files, its loss and its metrics.
 
-The TSV layout is GLUE's own: `train.tsv` and `dev.tsv` (MNLI: `dev_matched.tsv`, `dev_mismatched.tsv`),
-UTF-8, one example per line, fields separated by single tabs, no quoting (a `"` is an ordinary
-character), a header line unless `columns` gives positions.
+The files of a folder are GLUE's own: `train.tsv` and `dev.tsv` (MNLI: `dev_matched.tsv`, `dev_mismatched.tsv`),
+with a header line unless `columns` gives positions.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +18,13 @@ from torch import Tensor
 
 from increlora.errors import UserError
 from increlora.glue import token_cache
+from increlora.glue.tsv import read_tsv
 from increlora.streams import stream
 
 GLUE = "nyu-mll/glue"
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
 SCORE_METRICS = ("pearson", "spearmanr")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass
@@ -373,45 +372,6 @@ class Task:
             )
 
 
-@dataclass
-class Table:
-    """Rows of a TSV file: line number (from 1) and the chosen columns; `skipped` rows were left out."""
-
-    rows: list[tuple[int, list[str]]]
-    skipped: int = 0
-
-
-def read_tsv(path: Path, columns: Sequence[str | int], lenient: bool = False) -> Table:
-    """The chosen columns of a TSV file.
-
-    Args:
-        columns: names in the header, or positions from 0 in a file without header.
-        lenient: leave out and count rows with a wrong number of fields instead of refusing them.
-
-    Raises:
-        UserError: with file and line.
-    """
-    lines = _decoded_lines(path)
-    first = next(lines)
-    headless = all(isinstance(column, int) for column in columns)
-    width = len(first[1])
-    positions = _positions(path, first[1], columns, headless)
-    table = Table([])
-    for number, values in ([first] if headless else []) + list(lines):
-        if len(values) == width:
-            table.rows.append((number, [values[position] for position in positions]))
-        elif lenient:
-            table.skipped += 1
-        else:
-            raise UserError(
-                f"{path}, line {number}: {len(values)} fields where the first line has {width}; "
-                "fields are separated by single tabs and never quoted"
-            )
-    if not table.rows:
-        raise UserError(f"{path}: no examples, only a header")
-    return table
-
-
 def fingerprint(splits: Mapping[str, Examples]) -> str:
     """sha256 (hex) over split names, texts and labels, in order; scores enter as float32."""
     digest = hashlib.sha256()
@@ -449,38 +409,3 @@ def hub_table(subset: str, split: str) -> Mapping[str, list[Any]]:
 def zip_columns(texts: Sequence[tuple[str, ...]]) -> list[list[str]]:
     """Rows of one or two texts as one or two lists, as a tokenizer takes them."""
     return [list(column) for column in zip(*texts, strict=True)]
-
-
-def _decoded_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of every line; the byte-order mark, line ends and a last empty line are dropped."""
-    content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-    if not content.strip():
-        raise UserError(f"{path}: the file is empty; task.data_dir must hold the task's TSV files")
-    lines = content.split(b"\n")
-    if not lines[-1].strip():
-        lines.pop()
-    for number, line in decoded(lines, path):
-        yield number, line.split("\t")
-
-
-def decoded(lines: Iterable[bytes], source: object) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line; the byte-order mark and line ends are dropped.
-
-    Raises:
-        UserError: it is not UTF-8, with source and line.
-    """
-    for number, line in enumerate(lines, start=1):
-        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-        try:
-            yield number, line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}, line {number}: not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
-
-
-def _positions(path: Path, first: Sequence[str], columns: Sequence[str | int], headless: bool) -> list[int]:
-    names: list[str | int] = [*range(len(first))] if headless else [*first]
-    missing = [str(column) for column in columns if column not in names]
-    if missing:
-        have = f"{len(first)} columns and no header" if headless else f"the columns {', '.join(first)}"
-        raise UserError(f"{path}, line 1: no column {', '.join(missing)}; the file has {have} (see task.columns)")
-    return [names.index(column) for column in columns]

@@ -1,5 +1,6 @@
 """A method in somebody else's training code: learning rates, new groups, several processes, whole checkpoints."""
 
+import ctypes
 import io
 from functools import partial
 from typing import Any
@@ -31,9 +32,9 @@ class Growth:
             optimizer.zero_grad()
 
     *Learning rates* are `multiplier(step, born, total_steps, warmup_steps)` times the rate that a group had
-    when this object was made. The parameters that begin to train at a growth are in the optimizer from the start, with the
-    options of the first group that decays where it does not hold them yet. No scheduler is needed beside it. A step
-    whose gradients are not finite changes nothing and is not counted.
+    when this object was made. The parameters that begin to train at a growth are in the optimizer from the start; where
+    it does not hold them yet, they get the options of the first group that decays. No scheduler is needed beside it. A
+    step whose gradients are not finite changes nothing and is not counted.
 
     *Checkpoints*: `model.state_dict()` carries one more entry, `increlora_state`. When a state is loaded into a
     model that was prepared alike, the structure is restored before the weights are read, and
@@ -67,7 +68,7 @@ class Growth:
         self.loaded: set[str] = set()  # since the last step: the model's state, the optimizer's
         self._check_steps()
         groups.adopt(optimizer, method, model)
-        # those that begin to train later: DistributedDataParallel shall leave them alone, also in a model that has grown
+        # DistributedDataParallel leaves alone what begins to train later, also where it wraps a model that has grown
         self.later = method.later_parameters()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         model._ddp_params_and_buffers_to_ignore = [names[id(p)] for p in self.later]  # type: ignore[assignment]
@@ -96,8 +97,8 @@ class Growth:
             return
         if len(self.loaded) == 1:
             raise UserError(
-                f"the state of the {self.loaded.pop()} was loaded, but not that of both model and optimizer: load the other "
-                "one too, as it was saved with this one"
+                f"the state of the {self.loaded.pop()} was loaded, but not that of both model and optimizer: load the "
+                "other one too, as it was saved with this one"
             )
         self.loaded.clear()
         groups.set_learning_rates(self.optimizer, self.step, self.total_steps, self.warmup_steps)
@@ -156,7 +157,7 @@ class Growth:
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
 
     def _average(self) -> None:
-        """Average the gradients of what trains since a growth; what earlier micro-batches left is a mean and stays as it is.
+        """Average the gradients of what trains since a growth; what earlier micro-batches left is a mean and stays so.
 
         A process may have passed some of them over (an expert, a dropped layer): there they count as 0.
         """
@@ -215,4 +216,6 @@ def _pack(state: dict[str, Any]) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> dict[str, Any]:
-    return torch.load(io.BytesIO(packed.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+    packed = packed.cpu().contiguous()
+    content = ctypes.string_at(packed.data_ptr(), packed.numel())  # torch gives bytes only by way of numpy
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

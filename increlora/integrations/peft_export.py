@@ -1,6 +1,4 @@
-"""What was trained, in other libraries' formats: a PEFT LoRA adapter or the merged model, with a model card.
-
-`save_peft_adapter` takes a method and its model, wherever they were trained; everything else takes a finished run.
+"""A method and its model, wherever they were trained, as a PEFT LoRA adapter.
 
 A PEFT adapter computes h = W0 x + b + lora_alpha / r * B A x. Here A carries lambda and alpha / rank, and
 lora_alpha = r for every matrix, so that PEFT's own scale is exactly 1. Components that reach the output are kept
@@ -10,26 +8,19 @@ checkpoint from that phase keeps it, and its `rank_pattern` exceeds the ranks by
 """
 
 import contextlib
-import json
 import os
-import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, TaskType
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from increlora.errors import UserError
 from increlora.files import writing
-from increlora.glue.tasks import GLUE
-from increlora.matrices import rank_map
 from increlora.method import Method
-
-if TYPE_CHECKING:
-    from increlora.glue.finished_run import Trained  # needs Hydra, which training code of one's own does not
 
 # what PEFT adds to `modules_to_save` by itself, by task type
 IMPLIED_HEADS = {
@@ -71,28 +62,7 @@ def save_peft_adapter(
     base = base_model or getattr(model, "name_or_path", None) or None
     config, tensors = adapter(method, model, base, task_type, revision)
     with whole(folder) as made:
-        _save(config, tensors, made)
-
-
-def write_adapter(trained: "Trained", folder: Path, base: str | None = None) -> None:
-    """Write a run's adapter to an empty folder: what `save_peft_adapter` writes, the tokenizer and `README.md`.
-
-    Args:
-        base: the base model's name to write down; None is `backbone.path` if given, else the hub's name.
-
-    Raises:
-        UserError: the update is no product of low-rank factors, or there is no base model to load under it.
-    """
-    base = base or base_model(trained)
-    config, tensors = adapter(trained.method, trained.model, base, "SEQ_CLS", trained.backbone.revision)
-    if base_model(trained) is None:
-        raise UserError(
-            f"backbone {trained.backbone.name} was drawn at random, so there is no base model to load an adapter on; "
-            "the merged model can be written instead"
-        )
-    _save(config, tensors, folder)
-    trained_tokenizer(trained).save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(trained, "peft", base), encoding="utf-8")
+        save_tensors(config, tensors, made)
 
 
 def adapter(
@@ -179,7 +149,8 @@ def _pattern(name: str, matrices: Iterable[str]) -> str:
     return f"^{name}" if any(other.endswith(f".{name}") for other in matrices) else name
 
 
-def _save(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def save_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what `adapter` gave, under the names that PEFT reads, to a folder that is there."""
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(copies, folder / "adapter_model.safetensors", metadata={"format": "pt"})  # copies: none may share memory
     config.save_pretrained(folder)
@@ -188,146 +159,10 @@ def _save(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> No
 @contextlib.contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `folder` (absent or empty so far) if nothing goes wrong."""
-    with writing(folder):
+    with writing(folder, SafetensorError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
             made = Path(temporary) / "export"
             made.mkdir()
             yield made
             os.replace(made, folder)
-
-
-def write_merged(trained: "Trained", folder: Path) -> None:
-    """Write the model with the update folded in, the tokenizer and `README.md`; `trained.model` is merged afterwards.
-
-    Raises:
-        UserError: the method cannot be merged.
-    """
-    trained.method.merge(trained.model)
-    labels = trained.task.labels or ["score"]
-    trained.model.config.id2label = dict(enumerate(labels))
-    trained.model.config.label2id = {label: i for i, label in enumerate(labels)}
-    trained.model.config.problem_type = "single_label_classification" if trained.task.labels else "regression"
-    trained.model.save_pretrained(folder)
-    trained_tokenizer(trained).save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(trained, "merged", base_model(trained)), encoding="utf-8")
-
-
-def base_model(trained: "Trained") -> str | None:
-    """The encoder's name as `from_pretrained` takes it; None if it was drawn at random."""
-    return None if trained.backbone.weights == "random" else trained.backbone.path or trained.backbone.hub
-
-
-def trained_tokenizer(trained: "Trained") -> Any:
-    """The tokenizer; with `truncation=True` it cuts where the run did."""
-    trained.tokenizer.model_max_length = trained.task.max_length
-    return trained.tokenizer
-
-
-# the model card
-
-
-def model_card(trained: "Trained", kind: str, base: str | None) -> str:
-    """`README.md`: what was trained on what, scores, labels, ranks, how to load it and how it was made.
-
-    Args:
-        kind: `peft` or `merged`.
-        base: the base model's name.
-    """
-    run = trained.result["run"]
-    sections = [
-        _front_matter(run, kind, base),
-        f"# {run['method']} on {run['task']} ({run['backbone']}, budget {run['budget']}, seed {run['seed']})",
-        _what(trained, kind, base),
-        "## Scores\n\n" + _scores(trained),
-        "## Labels\n\n" + _labels(trained),
-        *(["## Ranks\n\n" + _ranks(trained, kind)] if trained.method.ranks() else []),
-        "## Use\n\n" + (_use_adapter(trained, base) if kind == "peft" else _use_merged(trained)),
-        "## Made by\n\n" + _made_by(trained, kind),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _front_matter(run: Mapping[str, Any], kind: str, base: str | None) -> str:
-    lines = [f"base_model: {json.dumps(base)}"] if base else []
-    lines += [f"library_name: {'peft' if kind == 'peft' else 'transformers'}", "pipeline_tag: text-classification"]
-    return "\n".join(["---", *lines, f"tags: [{json.dumps(run['method'])}, {json.dumps(run['task'])}]", "---"])
-
-
-def _what(trained: "Trained", kind: str, base: str | None) -> str:
-    form = "PEFT LoRA adapter for" if kind == "peft" else "Merged model, made from"
-    source = trained.result["data"]["source"]
-    source = source if source.startswith(GLUE) or source == "synthetic" else "local files"
-    fields = " and ".join(f"`{name}`" for name in trained.task.fields)
-    return (
-        f"{form} {base or 'a random encoder'}, checkpoint `{trained.checkpoint}`. Input: {fields}, at most "
-        f"{trained.task.max_length} tokens. Data: {source} (sha256 {trained.result['data']['fingerprint'][:12]})."
-    )
-
-
-def _scores(trained: "Trained") -> str:
-    score = trained.result["scores"][trained.checkpoint]
-    rows = [
-        f"| {split} | {metric} | {value:.4f} |"
-        for split, metrics in score["metrics"].items()
-        for metric, value in metrics.items()
-        if metric != "score"
-    ]
-    chosen = ", chosen on dev and therefore optimistic" if trained.checkpoint == "best" else ""
-    return "\n".join([f"After step {score['step']}{chosen}.\n", "| split | metric | value |", "|---|---|---|", *rows])
-
-
-def _labels(trained: "Trained") -> str:
-    if trained.task.labels is None:
-        return "One output, the score itself (regression)."
-    return "\n".join(f"{i}. `{label}`" for i, label in enumerate(trained.task.labels))
-
-
-def _ranks(trained: "Trained", kind: str) -> str:
-    ranks = trained.method.ranks()
-    total = f"Total {sum(ranks.values())} over {len(ranks)} matrices."
-    kept = sum(len(A) for A, _ in trained.method.factors().values()) if kind == "peft" else sum(ranks.values())
-    if kept != sum(ranks.values()):
-        total += f" The adapter's are {kept}: components outside the ranks that reach the output are in it."
-    layers, kinds, cells = rank_map(ranks, trained.method.kinds)
-    rows = [f"| {layer} | " + " | ".join(map(str, row)) + " |" for layer, row in zip(layers, cells, strict=True)]
-    head = ["| layer | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    return "\n".join([total + "\n", *head, *rows])
-
-
-def _use_adapter(trained: "Trained", base: str | None) -> str:
-    revision = f", revision={trained.backbone.revision!r}" if trained.backbone.revision else ""
-    return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={trained.task.num_labels}{revision})
-model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()  # .merge_and_unload() gives a plain model
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-inputs = tokenizer({", ".join(f"'{name} ...'" for name in trained.task.fields)}, truncation=True, return_tensors="pt")
-model(**inputs).logits
-```
-
-The pooler and the classifier are part of the adapter; a warning that the base model's head is newly initialised
-can be ignored."""
-
-
-def _use_merged(trained: "Trained") -> str:
-    texts = (f"'{key}': '{name} ...'" for key, name in zip(("text", "text_pair"), trained.task.fields, strict=False))
-    return f"""```python
-from transformers import pipeline
-
-classify = pipeline("text-classification", "THIS_FOLDER", truncation=True)
-classify({{{", ".join(texts)}}})
-```"""
-
-
-def _made_by(trained: "Trained", kind: str) -> str:
-    run, code = trained.result["run"], trained.result["code"]
-    groups = [f"{key}={run[key]}" for key in ("backbone", "budget", "method", "task", "seed")]
-    commands = [
-        shlex.join(["python", "run.py", *groups, *run["overrides"]]),
-        shlex.join(["python", "scripts/export.py", "RUN_DIR", "--format", kind, "--checkpoint", trained.checkpoint]),
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in code["versions"].items())
-    return "```sh\n" + "\n".join(commands) + f"\n```\n\nCommit {code['commit']}; {versions}."

@@ -15,9 +15,10 @@ from baselines.adapters import Adapter, Adapters
 from baselines.bitfit import BitFit
 from baselines.controls import RESULT_FILE, RandomGrowth, ShuffledPattern, StaticPattern
 from baselines.lora import LoRA
+from increlora import result_files
 from increlora.errors import UserError
-from increlora.glue import results
-from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.glue.loop import make_optimizer, take_step
+from increlora.glue.settings import Settings
 from increlora.groups import set_learning_rates
 
 STEPS = 40
@@ -286,7 +287,7 @@ def fixed(kind, pattern, **changes):
 
 
 def test_the_result_file_has_the_name_that_results_gives_it():
-    assert RESULT_FILE == results.FILE_NAME
+    assert RESULT_FILE == result_files.FILE_NAME
 
 
 @pytest.mark.parametrize("as_file", [False, True])

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY_KINDS, tiny_batches
 
+from increlora import result_files
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue import results
-from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.glue.loop import make_optimizer, take_step
+from increlora.glue.settings import Settings
 from increlora.groups import set_learning_rates
 from increlora.linear import IncrementalLinear
 
@@ -319,7 +320,9 @@ def test_impossible_settings_are_refused(tiny_deberta, changes, said):
 def test_a_window_and_all_steps_decided_the_same_in_real_runs():
     """configs/sweep/scoring_window.yaml: MiniLM on STS-B, interval 100, so that 43 of 100 steps are not scored."""
     runs = [
-        r for r in results.load_runs(ROOT / "results" / "runs") if "decisions of scoring" in r["run"]["settings_from"]
+        r
+        for r in result_files.load_runs(ROOT / "results" / "runs")
+        if "decisions of scoring" in r["run"]["settings_from"]
     ]
     by_window = {run["config"]["method"]["scoring_window"]: run for run in runs}
     allocations = [[(a["step"], a["added"]) for a in by_window[window]["allocations"]] for window in ("auto", "all")]

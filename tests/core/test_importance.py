@@ -6,8 +6,9 @@ from conftest import TINY_KINDS, tiny_batches
 from torch import nn
 
 from increlora.algorithm import IncreLoRA
+from increlora.bank import Bank
+from increlora.components import GroupSize
 from increlora.importance import DeltaGradient, ImportanceScore, sensitivity
-from increlora.bank import Bank, GroupSize
 from increlora.linear import IncrementalLinear
 
 
@@ -39,7 +40,9 @@ def test_a_non_finite_sensitivity_changes_nothing(bad):
 
 
 def grown_linear(inputs: int = 5, outputs: int = 3, rank: int = 2) -> IncrementalLinear:
-    bank = Bank({"m": (outputs, inputs)}, [GroupSize({inputs: rank, outputs: rank}, rank)], alpha=4.0, dtype=torch.float64)
+    bank = Bank(
+        {"m": (outputs, inputs)}, [GroupSize({inputs: rank, outputs: rank}, rank)], alpha=4.0, dtype=torch.float64
+    )
     bank.add_active("m", rank, 0, torch.Generator().manual_seed(1))
     bank.all_groups[0].lambda_.data.fill_(0.7)
     bank.release(0)

@@ -1,103 +1,140 @@
-"""Who may import whom (the house rules): read from the syntax tree, so that nothing needs to run."""
+"""Who may import whom: read from the syntax tree, so that nothing needs to run."""
 
 import ast
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
-LIBRARY = sorted((ROOT / "increlora").rglob("*.py"))
-BASELINES = sorted((ROOT / "baselines").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
-EVERYTHING = [*LIBRARY, *BASELINES, *sorted((ROOT / "scripts").glob("*.py")), ROOT / "run.py"]
+PACKAGES = ("increlora", "baselines")
+# room -> folder, the packages of others that it may import
+ROOMS = {
+    "root": ("increlora", {"torch"}),
+    "integrations": ("increlora/integrations", {"torch", "transformers", "accelerate", "peft", "safetensors"}),
+    "glue": ("increlora/glue", {
+        "torch", "numpy", "scipy", "sklearn", "safetensors", "transformers", "tokenizers", "sentencepiece", "datasets",
+        "huggingface_hub", "evaluate", "hydra", "omegaconf", "yaml", "tqdm", "rich", "wandb", "matplotlib", "PIL",
+    }),
+    "analysis": ("increlora/analysis", {"numpy", "scipy", "pandas", "matplotlib"}),
+    "baselines": ("baselines", {"torch", "peft"}),
+    "notebooks": ("notebooks", {"numpy", "scipy", "pandas", "matplotlib", "IPython"}),
+}  # fmt: skip
+# room -> the modules of ours that it may import, as a name or as a room of its own
+OURS = {
+    "root": {"root"},
+    "integrations": {"root", "integrations"},
+    "glue": {"root", "glue"},
+    "analysis": {"analysis", "errors", "files", "matrices", "result_files"},
+    "baselines": {"method", "surgery", "linear", "bank", "importance", "streams", "errors"},
+    "notebooks": {"analysis", "result_files"},
+}
+# what a single file may import beside what its room may
+MORE = {
+    "increlora/__init__.py": {"integrations"},  # on first use
+    "increlora/distributed.py": {"accelerate"},  # on first use, where a launcher started several processes
+    "increlora/glue/export.py": {"integrations"},
+    "baselines/controls.py": {"algorithm"},  # the controls are IncreLoRA but for one decision
+}
+# package -> the only files of the library that import it
+HOMES = {
+    "wandb": {"glue/tracker.py"},
+    "hydra": {"glue/config.py"},
+    "datasets": {"glue/tasks.py"},
+    "peft": {"integrations/peft_export.py"},
+    "transformers": {"integrations/hf_trainer.py", "glue/backbone.py", "glue/model_files.py", "glue/tokenizing.py"},
+    "matplotlib": {"glue/tracker.py", "analysis/figures.py"},
+}
+PARTS = {"linear", "bank", "orthogonality", "importance", "allocator"}  # of the algorithm
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of the modules a file imports, also inside functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+def files(folder: str, pattern: str = "*.py") -> list[Path]:
+    """The Python files of a folder, of which there must be some."""
+    found = sorted((ROOT / folder).glob(pattern))
+    assert found, f"no file matches {folder}/{pattern}"
     return found
 
 
-def packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imports(path)}
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def modules(path: Path, package: str = "increlora") -> set[str]:
-    """Modules of ours that a file imports, as paths within the package: `linear`, `glue/results`."""
-    names = {name.removeprefix(f"{package}.").replace(".", "/") for name in imports(path) if name.startswith(package)}
-    return {name for name in names if (ROOT / package / f"{name}.py").exists()}
+def library() -> list[Path]:
+    return [path for package in PACKAGES for path in files(package, "**/*.py")]
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.name)
-def test_the_library_knows_neither_baselines_nor_scripts(path):
-    assert not packages(path) & {"baselines", "scripts", "run"}
+def imports(path: Path) -> set[str]:
+    """Full names of all that a file imports, also inside functions and for the type checker."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name(path)} imports by a relative name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-@pytest.mark.parametrize("path", BASELINES, ids=lambda p: p.name)
-def test_baselines_see_the_interface_only(path):
-    allowed = {"method", "surgery", "linear", "importance", "streams", "errors"}
-    allowed |= {"algorithm"} if path.name == "controls.py" else set()  # the controls are IncreLoRA but for one decision
-    assert modules(path) <= allowed
-    assert not modules(path, "baselines")
+def others(path: Path) -> set[str]:
+    """The packages that a file imports, ours and the standard library's aside."""
+    found = {imported.partition(".")[0] for imported in imports(path)}
+    return found - set(sys.stdlib_module_names) - {"increlora"}
 
 
-def test_only_the_algorithm_knows_its_four_parts():
-    parts = {"linear", "importance", "allocator", "schedule"}
-    assert parts - {"schedule"} <= modules(ROOT / "increlora" / "algorithm.py")
-    assert modules(ROOT / "increlora" / "allocator.py") <= {"errors"}
-    assert not modules(ROOT / "increlora" / "schedule.py")
-    for name in (
-        "method",
-        "glue/loop",
-        "glue/results",
-        "glue/tracker",
-        "integrations/growth",
-        "integrations/hf_trainer",
-    ):
-        assert not modules(ROOT / "increlora" / f"{name}.py") & (parts - {"schedule"} | {"algorithm"})
+def ours(path: Path) -> Iterator[tuple[str, str]]:
+    """The room and the module of each import from `increlora` (of the package itself: root and its name)."""
+    for imported in imports(path):
+        first, *parts = imported.split(".")
+        if first == "increlora":
+            room = parts[0] if (ROOT / "increlora" / parts[0]).is_dir() else "root"
+            yield room, parts[0] if room == "root" else parts[1]
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: p.name)
-@pytest.mark.parametrize(
-    ("package", "homes"),
-    [
-        ("wandb", {"tracker.py"}),
-        ("transformers", {"hf_trainer.py", "backbone.py", "tasks.py", "hub.py"}),
-        ("datasets", {"backbone.py", "tasks.py", "hub.py"}),
-        ("hydra", {"config.py", "run.py"}),
-    ],
-)
-def test_a_package_has_a_home(path, package, homes):
-    if path.parent.name != "scripts":
-        assert package not in packages(path) or path.name in homes
+def test_every_room_imports_what_it_may():
+    for room, (folder, packages) in ROOMS.items():
+        for path in files(folder):
+            more = MORE.get(name(path), set())
+            assert others(path) <= packages | more, name(path)
+            for other, module in ours(path):
+                assert {other, module} & (OURS[room] | more), f"{name(path)} imports {module} of {other}"
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.name)
-def test_nothing_needs_the_part_for_the_trainer(path):
-    # the package itself imports it on first use
-    assert "integrations/hf_trainer" not in modules(path) or path == ROOT / "increlora" / "__init__.py"
+def test_no_room_lies_outside_the_rules():
+    known = {path for folder, _ in ROOMS.values() for path in files(folder)}
+    assert set(library()) <= known
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.name)
-def test_peft_stays_out_of_the_library_but_for_export(path):
-    assert "peft" not in packages(path) or path.name == "peft_export.py"
+def test_a_package_has_a_home():
+    for package, homes in HOMES.items():
+        found = {path.relative_to(ROOT / "increlora").as_posix() for path in files("increlora", "**/*.py")
+                 if package in others(path)}  # fmt: skip
+        assert found == homes, package
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
-def test_notebooks_read_results_only(path):
-    assert modules(path) <= {"glue/results", "analysis/comparison", "analysis/figures"}
-    assert not packages(path) & {"torch", "baselines", "scripts", "run"}
+def test_only_the_algorithm_knows_its_parts():
+    assert {"linear", "importance", "allocator"} <= {module for _, module in ours(ROOT / "increlora/algorithm.py")}
+    known_to = {"algorithm", "surgery", *PARTS}  # surgery finds the matrices and puts the layers in
+    for path in files("increlora", "**/*.py"):
+        if name(path) not in {f"increlora/{module}.py" for module in known_to}:
+            found = {module for room, module in ours(path) if room == "root"}
+            assert not found & (PARTS | {"algorithm"}) or path.name == "__init__.py", name(path)
+    assert {module for _, module in ours(ROOT / "increlora/allocator.py")} <= {"errors"}
+    assert not set(ours(ROOT / "increlora/schedule.py"))
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *BASELINES], ids=lambda p: p.name)
-def test_the_library_does_not_print_and_swallows_nothing(path):
-    if path.name == "config.py":  # speaks to the person at the keyboard
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print")
-        assert not (isinstance(node, ast.ExceptHandler) and node.type is None)
+def test_nothing_imports_what_a_person_runs():
+    for path in [*library(), *files("scripts"), *files("notebooks"), ROOT / "run.py"]:
+        assert not others(path) & {"scripts", "run", "tests", "notebooks"}, name(path)
+
+
+def test_no_module_is_called_like_one_of_the_standard_library():
+    for path in library():
+        assert path.stem not in sys.stdlib_module_names, name(path)
+
+
+def test_the_library_does_not_print_and_swallows_nothing():
+    for path in library():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            printed = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+            assert not printed or name(path) == "increlora/glue/config.py"  # which speaks to the person at the keyboard
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), name(path)

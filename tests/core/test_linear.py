@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from increlora.bank import Bank, GroupSize
+from increlora.bank import Bank
+from increlora.components import GroupSize
 from increlora.linear import IncrementalLinear
 
 

@@ -5,7 +5,8 @@ import torch
 from test_backbone import ARCHITECTURES, small
 
 from increlora.algorithm import IncreLoRA
-from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.glue.loop import make_optimizer, take_step
+from increlora.glue.settings import Settings
 from increlora.groups import set_learning_rates
 
 

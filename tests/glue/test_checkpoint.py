@@ -223,7 +223,7 @@ def test_best_and_last_weights_give_the_models_back(tiny_deberta, tmp_path):
     best = checkpoint.read(tmp_path / "best.safetensors")["state"]
     checkpoint.load_model_state(fresh, method, best)
     assert method.ranks() == outcome.best("dev").ranks
-    from increlora.glue.loop import evaluate
+    from increlora.glue.evaluate import evaluate
 
     assert evaluate(fresh, TASK, data(), settings()) == outcome.best("dev").scores
     assert os.path.getsize(tmp_path / "best.safetensors") < 100_000

@@ -4,11 +4,11 @@ import json
 import signal
 
 import pytest
-from conftest import ROOT
-from finished_runs import TRAINING, base_model, finished, module, run_script
+from finished_runs import TRAINING, base_model, finished, run_script
 
+from increlora import result_files
 from increlora.errors import Interrupted, UserError
-from increlora.glue import checkpoint, config, finished_run, results
+from increlora.glue import checkpoint, config, finished_run, results, sweep_plan
 from increlora.streams import stream
 
 SETTINGS = ["backbone=bert_base", "task=rte", "task.max_length=24", "method=lora", "budget=r2", "train.epochs=1"]
@@ -104,7 +104,7 @@ def test_running_again_leaves_no_result_beside_weights_of_another_training(files
         finished(run_dir, *files, "overwrite=true")
     assert sorted(p.name for p in run_dir.glob("*.[js]*")) == ["checkpoint.safetensors", "metrics.jsonl"]
     finished(run_dir, *files)  # goes on from the checkpoint
-    assert results.read(run_dir / "result.json")["curve"][-1]["step"] == 3
+    assert result_files.read(run_dir / "result.json")["curve"][-1]["step"] == 3
 
 
 def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch):
@@ -118,20 +118,19 @@ def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch
         stop_at(patch, 2)
         finished(tmp_path / "run", *files)
     run_dir = finished(tmp_path / "run", *files)
-    assert results.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
+    assert result_files.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
     assert checkpoint.read(run_dir / "last.safetensors")["identity"]["base"] is not None
 
 
 def test_a_known_result_of_other_data_is_not_taken(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sweep = module(ROOT / "scripts" / "sweep.py")
     arguments = [*TRAINING, *files]
     cfg = config.load(arguments)
-    run = sweep.Run({}, overrides=arguments, directory=config.run_directory(cfg, config.identity(cfg, arguments)))
+    run = sweep_plan.Run({}, overrides=arguments, directory=config.run_directory(cfg, config.identity(cfg, arguments)))
     known = (tmp_path / "known" / run.directory.relative_to("runs")).with_suffix(".json")
     known.parent.mkdir(parents=True)
     (finished(tmp_path / "elsewhere", *files) / "result.json").rename(known)
-    assert sweep.find_result(run, tmp_path / "known")["status"] == "finished"
+    assert sweep_plan.find_result(run, tmp_path / "known")["status"] == "finished"
     write_data(tmp_path / "data", flipped=True)
     config._data_digest.cache_clear()
-    assert sweep.find_result(run, tmp_path / "known") is None
+    assert sweep_plan.find_result(run, tmp_path / "known") is None

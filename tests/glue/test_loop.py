@@ -11,10 +11,12 @@ from conftest import TINY_KINDS, tiny_batches
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
-from increlora.glue.loop import Settings, evaluate, make_optimizer, predict, take_step, train
-from increlora.groups import set_learning_rates
+from increlora.glue.evaluate import evaluate, predict
+from increlora.glue.loop import make_optimizer, take_step, train
+from increlora.glue.settings import Settings
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Tracker
+from increlora.groups import set_learning_rates
 from increlora.method import Method
 
 TASK = Task(

@@ -6,9 +6,11 @@ import pytest
 from conftest import ROOT, TINY_KINDS
 from hydra.utils import get_class
 
+from increlora import result_files
 from increlora.errors import UserError
 from increlora.glue import results
-from increlora.glue.loop import Evaluation, Outcome
+from increlora.glue.evaluate import Evaluation
+from increlora.glue.loop import Outcome
 from increlora.glue.tasks import Split, TaskData
 
 NAMES = ["deberta.encoder.layer.0.attention.self.query_proj", "deberta.encoder.layer.1.output.dense"]
@@ -49,9 +51,9 @@ def test_scores_ranks_and_parameters_come_from_one_checkpoint_each():
 def test_what_is_written_is_read_back_whole(tmp_path):
     result = made()
     path = results.write(tmp_path, result)
-    assert results.read(path) == json.loads(json.dumps(result))
+    assert result_files.read(path) == json.loads(json.dumps(result))
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]  # no temporary file stays
-    assert [run["status"] for run in results.load_runs(tmp_path)] == ["finished"]
+    assert [run["status"] for run in result_files.load_runs(tmp_path)] == ["finished"]
 
 
 def test_a_failed_write_leaves_the_old_result(tmp_path):
@@ -88,7 +90,7 @@ def test_a_finished_run_is_found_and_another_configuration_refused(tmp_path):
 def test_a_run_that_is_not_finished_is_said_to_be_so(tmp_path):
     (tmp_path / "checkpoint.safetensors").touch()
     with pytest.raises(UserError, match="the run is not finished; the command that started it goes on with it"):
-        results.read(tmp_path / "result.json")
+        result_files.read(tmp_path / "result.json")
 
 
 def test_a_broken_result_file_is_named(tmp_path):
@@ -106,9 +108,9 @@ def test_the_summary_shows_scores_ranks_before_and_after_and_padding():
 def test_the_classes_that_committed_results_name_are_found_where_they_are_now():
     found = {
         node["_target_"]
-        for result in results.load_runs(ROOT / "results" / "runs")
+        for result in result_files.load_runs(ROOT / "results" / "runs")
         for node in result["config"].values()
         if isinstance(node, dict) and "_target_" in node
     }
-    assert {"increlora.glue.tasks.Task", "increlora.glue.loop.Settings", "increlora.algorithm.IncreLoRA"} < found
+    assert {"increlora.glue.tasks.Task", "increlora.glue.settings.Settings", "increlora.algorithm.IncreLoRA"} < found
     assert all(get_class(name) for name in found)

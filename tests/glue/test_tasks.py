@@ -523,7 +523,7 @@ def test_real_files_have_the_official_sizes(name, shared):
 
 @pytest.mark.parametrize("name", ["rte", "mrpc", "cola", "stsb"])
 def test_padding_on_real_data(name, shared):
-    from increlora.glue.backbone import sentencepiece_tokenizer
+    from increlora.glue.tokenizing import sentencepiece_tokenizer
 
     tokenizer = sentencepiece_tokenizer(shared / "deberta-v3-tokenizer" / "spm.model")
     lengths = task_of(name, data_dir=str(shared / "glue" / FOLDERS[name])).load(tokenizer).train.lengths

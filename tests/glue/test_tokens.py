@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer(model):
-    from increlora.glue.backbone import sentencepiece_tokenizer
+    from increlora.glue.tokenizing import sentencepiece_tokenizer
 
     return sentencepiece_tokenizer(model)
 

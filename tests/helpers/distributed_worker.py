@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from increlora import distributed
 from increlora.algorithm import IncreLoRA
 from increlora.glue.checkpoint import Checkpoints
-from increlora.glue.loop import Settings, Training
+from increlora.glue.loop import Training
+from increlora.glue.settings import Settings
 from increlora.glue.tracker import Silent, Tracker
 
 KINDS = {

@@ -14,7 +14,7 @@ from test_backbone import make
 from tokenizers import pre_tokenizers
 
 from increlora.glue import config
-from increlora.glue.backbone import word_tokenizer
+from increlora.glue.tokenizing import word_tokenizer
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,

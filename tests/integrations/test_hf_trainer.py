@@ -20,7 +20,8 @@ from baselines.adalora import AdaLoRA
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.glue.batching import collate, epoch_batches
-from increlora.glue.loop import Settings, train
+from increlora.glue.loop import train
+from increlora.glue.settings import Settings
 from increlora.glue.tracker import Tracker
 from increlora.integrations.growth import Growth
 from increlora.integrations.hf_trainer import IncreLoRACallback

@@ -23,7 +23,8 @@ from baselines.adalora import AdaLoRA
 from baselines.controls import RandomGrowth
 from baselines.lora import LoRA
 from increlora import Growth, IncreLoRA, UserError, multiplier, save_peft_adapter
-from increlora.glue.loop import Settings, make_optimizer, take_step
+from increlora.glue.loop import make_optimizer, take_step
+from increlora.glue.settings import Settings
 from increlora.groups import set_learning_rates
 from increlora.linear import IncrementalLinear
 from increlora.method import Method

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from increlora.glue import config, results
+from increlora import result_files
+from increlora.glue import config
 from increlora.matrices import rank_map
 
 SCRIPT, RUNS = ROOT / "scripts" / "report.py", ROOT / "results" / "runs"
@@ -78,7 +79,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: "-".join(path.relative_to(RUNS).parts[2:4]))
 def run(request):
-    result = results.read(request.param)
+    result = result_files.read(request.param)
     return result, Page(script.report(result))
 
 
@@ -230,7 +231,7 @@ def test_every_split_and_the_clean_score_are_drawn_to_scale():
 
 
 def test_few_maps_of_many_changes_start_and_end_with_the_run():
-    result = results.read(next(RUNS.glob("minilm/r2/adalora/cola/*/*.json")))
+    result = result_files.read(next(RUNS.glob("minilm/r2/adalora/cola/*/*.json")))
     maps = script.growth(result)["maps"]
     assert len(result["allocations"]) > 100 and len(maps) <= 13
     assert maps[0][0] == 0 and maps[-1][0] == result["allocations"][-1]["step"]

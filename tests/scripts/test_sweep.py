@@ -15,7 +15,8 @@ import yaml
 from conftest import ROOT
 
 from increlora.errors import UserError
-from increlora.glue import config
+from increlora.glue import config, sweep_plan
+from increlora.glue.sweep_queue import Sweep
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
@@ -42,13 +43,13 @@ def result(score: float, status: str = "finished") -> dict:
 
 def test_product_by_hand():
     block = {"a": [1, 2], "b": "x", "c": [3, 4]}
-    assert list(sweep.product(block)) == [
+    assert list(sweep_plan.product(block)) == [
         {"a": 1, "b": "x", "c": 3}, {"a": 1, "b": "x", "c": 4}, {"a": 2, "b": "x", "c": 3}, {"a": 2, "b": "x", "c": 4},
     ]  # fmt: skip
 
 
 def test_every_run_comes_after_those_it_needs_and_none_comes_twice():
-    runs = sweep.expand(STUDY, {}, {"device": "cpu"})
+    runs = sweep_plan.expand(STUDY, {}, {"device": "cpu"})
     # 8 runs, and 3 trials for each of 4 pairs of task and method
     assert len(runs) == 8 + 12
     for position, run in enumerate(runs):
@@ -62,35 +63,37 @@ def test_every_run_comes_after_those_it_needs_and_none_comes_twice():
 
 
 def test_an_override_chooses_among_values_or_goes_to_every_run():
-    chosen, extra = sweep.parted(STUDY, ["task=rte", "seed=1,2", "task.data_dir=x=y"])
+    chosen, extra = sweep_plan.parted(STUDY, ["task=rte", "seed=1,2", "task.data_dir=x=y"])
     assert chosen == {"task": ["rte"], "seed": ["1", "2"]} and extra == {"task.data_dir": "x=y"}
-    assert len(sweep.expand(STUDY, chosen, extra)) == 2 * 2 + 2 * 3
+    assert len(sweep_plan.expand(STUDY, chosen, extra)) == 2 * 2 + 2 * 3
     for wrong, words in (("task=mnli", "rte"), ("seed", "key=value")):
         with pytest.raises(UserError, match=words):
-            sweep.parted(STUDY, [wrong])
+            sweep_plan.parted(STUDY, [wrong])
 
 
 @pytest.mark.parametrize(
     ("scores", "best"), [((0.5, 0.7, 0.6), 0.2), ((0.7, 0.7, 0.6), 0.1), ((0.5, 0.6, 0.9), 0.2)], ids=str
 )
 def test_the_best_trial_is_the_best_at_its_end(scores, best):
-    (run,) = (run for run in sweep.expand(STUDY, {"task": ["rte"], "seed": ["1"], "method": ["lora"]}, {}) if run.needs)
+    (run,) = (
+        run for run in sweep_plan.expand(STUDY, {"task": ["rte"], "seed": ["1"], "method": ["lora"]}, {}) if run.needs
+    )
     for trial, score in zip(run.needs, scores, strict=True):
         trial.result = result(score, "diverged" if score == 0.9 else "finished")  # one that diverged is never best
-    assert sweep.final(BEST, run) == best
+    assert sweep_plan.final(BEST, run) == best
 
 
 def test_a_run_may_use_the_directory_of_another():
     pattern = {"run_with": {"method": "increlora"}}
     blocks = [{"task": "rte", "seed": [1, 2], "method": "static_pattern", "method.pattern": pattern}]
-    runs = sweep.expand({"about": "", "runs": blocks}, {}, {})
+    runs = sweep_plan.expand({"about": "", "runs": blocks}, {}, {})
     needing = [run for run in runs if run.needs]
     assert [run.settings["seed"] for run in needing] == [1, 2] and len(runs) == 4
     for run in needing:
         (need,) = run.needs
         assert need.settings == {"task": "rte", "seed": run.settings["seed"], "method": "increlora"}
-        sweep.resolve(need)
-        sweep.resolve(run)
+        sweep_plan.resolve(need)
+        sweep_plan.resolve(run)
         assert run.overrides[-1] == f"method.pattern={need.directory}" and need.directory.parts[-2:][0] == "rte"
         assert config.load(run.overrides).method.pattern == str(need.directory)
 
@@ -98,13 +101,13 @@ def test_a_run_may_use_the_directory_of_another():
 def test_values_as_hydra_reads_them():
     values = {"runs/a=b,c=1/seed1": str, 1e-5: float, "r2": str}
     for value in values:
-        assert config.load([f"settings_from={sweep.quoted(value)}"]).settings_from == value
-    assert config.load([f"run_dir={sweep.quoted(None)}"]).run_dir is None
+        assert config.load([f"settings_from={sweep_plan.quoted(value)}"]).settings_from == value
+    assert config.load([f"run_dir={sweep_plan.quoted(None)}"]).run_dir is None
 
 
 def test_the_time_left_is_that_of_finished_runs_like_it():
-    runs = [sweep.Run({"task": task, "method": "lora"}) for task in ("rte", "rte", "cola")]
-    queue = sweep.Sweep.__new__(sweep.Sweep)
+    runs = [sweep_plan.Run({"task": task, "method": "lora"}) for task in ("rte", "rte", "cola")]
+    queue = Sweep.__new__(Sweep)
     queue.runs, queue.jobs = runs, 2
     assert queue.estimate(runs[1]) is None
     runs[0].state, runs[0].result = "finished", result(0.5)
@@ -114,14 +117,14 @@ def test_the_time_left_is_that_of_finished_runs_like_it():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_of_every_sweep_composes(path):
-    described = sweep.read_sweep(path.stem)
+    described = sweep_plan.read_sweep(path.stem)
     assert path.read_text().startswith(f"# python scripts/sweep.py {path.stem}") and described["about"]
     seen = set()
-    for run in sweep.expand(described, {}, {}):
+    for run in sweep_plan.expand(described, {}, {}):
         kind = tuple(str(run.settings.get(key)) for key in ("method", "budget", "experiment", "recipe"))
         if kind not in seen and not run.needs:
             seen.add(kind)
-            sweep.resolve(run)
+            sweep_plan.resolve(run)
     assert seen
 
 
@@ -159,7 +162,7 @@ def test_a_bad_file_is_named(tmp_path, content, said):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as raised:
-        sweep.read_sweep(str(path))
+        sweep_plan.read_sweep(str(path))
     message = str(raised.value)
     assert message.startswith(str(path)) and said in message and "\n" not in message
 
@@ -188,7 +191,7 @@ def test_what_a_sweep_cannot_do_is_refused(tmp_path, monkeypatch, capsys, argume
 def test_what_a_sweep_cannot_do_is_refused_in_its_file_too():
     for block in ({"common": {"overwrite": True}, "runs": [{"seed": 1}]}, {"runs": [{"run_dir": "here"}]}):
         with pytest.raises(UserError, match=r"^(overwrite=True|run_dir=here): "):
-            sweep.expand(block, {}, {})
+            sweep_plan.expand(block, {}, {})
 
 
 # real runs

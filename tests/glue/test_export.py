@@ -13,8 +13,8 @@ from finished_runs import SYNTHETIC, base_model, call, finished, module
 from safetensors.torch import load_file
 
 from increlora.errors import UserError
-from increlora.glue import finished_run
-from increlora.integrations import peft_export
+from increlora.glue import export, finished_run
+from increlora.glue.model_card import model_card
 
 script = module(ROOT / "scripts" / "export.py")
 TEXTS = [
@@ -192,7 +192,7 @@ def test_a_pruned_triplet_that_grew_again_is_kept_and_others_are_dropped(case):
 
 def test_only_what_is_needed_is_in_the_adapter(case, tmp_path):
     run = finished_run.load(case.run_dir, "last", [case.where])
-    peft_export.write_adapter(run, tmp_path)
+    export.write_adapter(run, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     factors = sum(A.numel() + B.numel() for A, B in run.method.factors().values())
     head = sum(p.numel() for _, p in run.method.head_parameters(run.model))
@@ -276,7 +276,7 @@ def test_regression(tmp_path, monkeypatch):
 
 def test_the_model_card(case, tmp_path):
     run = replace(case.run, checkpoint="best")
-    card = peft_export.model_card(run, "merged", "some/base")
+    card = model_card(run, "merged", "some/base")
     best = run.result["scores"]["best"]
     assert f"After step {best['step']}, chosen on dev" in card
     assert f"| dev | accuracy | {best['metrics']['dev']['accuracy']:.4f} |" in card
@@ -290,11 +290,11 @@ def test_the_tokenizer_that_transformers_would_build_otherwise(shared, tmp_path)
     """DeBERTaV3's own pieces, through an export and AutoTokenizer: the golden ids of tests/glue/test_tokens.py."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from increlora.glue.backbone import sentencepiece_tokenizer
+    from increlora.glue.tokenizing import sentencepiece_tokenizer
 
     run = SimpleNamespace(task=SimpleNamespace(max_length=77))
     run.tokenizer = sentencepiece_tokenizer(shared / "deberta-v3-tokenizer" / "spm.model")
-    peft_export.trained_tokenizer(run).save_pretrained(tmp_path)
+    export.trained_tokenizer(run).save_pretrained(tmp_path)
     AutoConfig.for_model("deberta-v2").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.model_max_length == 77
@@ -311,7 +311,7 @@ def lora_run(tmp_path_factory):
 
 
 def test_an_export_that_differs_is_not_kept(lora_run, tmp_path, monkeypatch, capsys):
-    write, read = peft_export.write_merged, script.merged_model
+    write, read = export.write_merged, script.merged_model
 
     def incomplete(run, folder):
         run.method.layers.popitem()  # one matrix is left unmerged
@@ -322,7 +322,7 @@ def test_an_export_that_differs_is_not_kept(lora_run, tmp_path, monkeypatch, cap
         model.classifier.bias.data += 2e-5
         return model
 
-    for module_, name, broken in ((peft_export, "write_merged", incomplete), (script, "merged_model", shifted)):
+    for module_, name, broken in ((export, "write_merged", incomplete), (script, "merged_model", shifted)):
         with monkeypatch.context() as patch:
             patch.setattr(module_, name, broken)
             assert call(script, patch, lora_run, "--format", "merged", "--output", tmp_path / "m") == 2

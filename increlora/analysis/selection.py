@@ -1,0 +1,135 @@
+"""Which runs a table or a figure shows, and what is read of them."""
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from increlora import result_files
+from increlora.analysis.looks import LOOKS, TASKS
+from increlora.errors import UserError
+
+RESULTS = Path(os.environ.get("INCRELORA_RESULTS", Path(__file__).resolve().parents[2] / "results"))
+EXPERIMENTS = ("minilm_study", "minilm_comparison", "minilm_5_epochs")  # what is shown, the first that has it
+TUNING_SEED = 40  # chose the learning rates of the study, and so is in no figure
+PROTOCOLS = ("last", "best", "clean")
+
+Run = Mapping[str, Any]  # the content of a result file
+Runs = dict[str, dict[int, Run]]  # method -> seed -> run
+
+
+def experiment(run: Run) -> str | None:
+    """The experiment that a run was asked for with, None if with none."""
+    chosen = [override for override in run["run"]["overrides"] if override.startswith("experiment=")]
+    return chosen[0].partition("=")[2] if chosen else None
+
+
+def load(method: Collection[str] | None = None) -> list[Run]:
+    """The committed runs, by default of all methods, without those that chose learning rates."""
+    runs = result_files.load_runs(RESULTS / "runs")
+    return [run for run in runs if run["run"]["seed"] != TUNING_SEED and (not method or run["run"]["method"] in method)]
+
+
+def by_method(runs: Iterable[Run]) -> Runs:
+    """Method -> seed -> run, in the order of `LOOKS` and of the seeds.
+
+    Raises:
+        UserError: a method has no look, or two runs with one seed: which of them is meant?
+    """
+    runs = list(runs)
+    if unknown := {run["run"]["method"] for run in runs} - set(LOOKS):
+        raise UserError(
+            f"the method '{min(unknown)}' has no color and marker yet: add it to LOOKS in increlora/analysis/looks.py"
+        )
+    found: Runs = {}
+    for run in sorted(runs, key=lambda run: (list(LOOKS).index(run["run"]["method"]), run["run"]["seed"])):
+        method, seed = run["run"]["method"], run["run"]["seed"]
+        if seed in found.setdefault(method, {}):
+            raise UserError(
+                f"{method} on {run['run']['task']} has two runs with seed {seed} in {experiment(run)}; "
+                "keep the one that is meant in results/runs."
+            )
+        found[method][seed] = run
+    return found
+
+
+def one_per_seed(runs: Iterable[Run]) -> list[Run]:
+    """The same runs, by task and seed.
+
+    Raises:
+        UserError: two of one method, task and seed.
+    """
+    by_task: dict[str, list[Run]] = {}
+    for run in runs:
+        by_task.setdefault(run["run"]["task"], []).append(run)
+    return [run for found in by_task.values() for seeds in by_method(found).values() for run in seeds.values()]
+
+
+def of_experiment(runs: Iterable[Run], name: str) -> list[Run]:
+    """The runs of an experiment, by task and method."""
+    found = [run for run in runs if experiment(run) == name]
+    return sorted(found, key=lambda run: (run["run"]["task"], run["run"]["method"]))
+
+
+def is_published(run: Run, experiment: str | None = None) -> bool:
+    """Whether a run has the settings of its recipe, of which an experiment changes what it says, and no others."""
+    return all(o.startswith("precision=") or o == f"experiment={experiment}" for o in run["run"]["overrides"])
+
+
+def panels(methods: Sequence[str], needed: Collection[str] = (), budget: str = "r2") -> dict[str, Runs]:
+    """Task -> method -> seed -> run: what to show of these methods, one experiment per task.
+
+    Args:
+        methods: what to show.
+        needed: methods without which an experiment is passed over; default: any of `methods` will do.
+        budget: of these runs only.
+
+    Raises:
+        UserError: there is nothing to show.
+    """
+    runs = [run for run in load(methods) if run["run"]["budget"] == budget]
+    shown = {}
+    for task, name in ((task, name) for task in TASKS for name in EXPERIMENTS):
+        found = by_method(run for run in runs if run["run"]["task"] == task and experiment(run) == name)
+        if found and task not in shown and set(needed) <= set(found):
+            shown[task] = found
+    if not shown:
+        raise UserError(f"no task has results of {' and '.join(needed or methods)} in {RESULTS.name}/runs")
+    return shown
+
+
+def short_runs(purpose: str) -> list[Run]:
+    """The runs whose `settings_from` begins with what they are for, e.g. `figure 4` (configs/sweep/figure4.yaml)."""
+    return [run for run in load() if run["run"]["settings_from"].startswith(f"{purpose} ")]
+
+
+def seeds_of(runs: Runs) -> str:
+    """How many seeds, in words for a title: `n = 6 seeds`, or `n = 1 to 6 seeds`."""
+    counts = sorted({len(seeds) for seeds in runs.values()})
+    return f"n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seed{'s' * (counts[-1] > 1)}"
+
+
+def source_of(panels: Mapping[str, Runs]) -> str:
+    """Which runs a figure shows, in one line: backbone, experiment and tasks."""
+    told: dict[str, list[str]] = {}
+    for task, runs in panels.items():
+        run = next(iter(next(iter(runs.values())).values()))
+        told.setdefault(f"{run['run']['backbone']}, {experiment(run)}", []).append(f"{TASKS[task]} ({seeds_of(runs)})")
+    return "; ".join(f"{source}: {', '.join(tasks)}" for source, tasks in told.items())
+
+
+# what is read from them
+
+
+def scores(runs: Mapping[int, Run], protocol: str) -> dict[int, float]:
+    """Seed -> score times 100, of the runs that have it: last, best (on dev) or clean (chosen on held-out data)."""
+    return {seed: 100 * run["scores"][protocol]["score"] for seed, run in runs.items() if protocol in run["scores"]}
+
+
+def rank_history(run: Run) -> list[tuple[int, dict[str, int]]]:
+    """(step, matrix -> rank from that step on): at the start, and after every change."""
+    history = [(0, dict(run["ranks"]["start"]))]
+    for change in run["allocations"]:
+        ranks = history[-1][1]
+        history.append((change["step"], ranks | {name: ranks[name] + by for name, by in change["added"].items()}))
+    return history

@@ -1,0 +1,124 @@
+"""The tables of a study: scores, paired differences, learning rates, and IncreLoRA without its parts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from increlora.analysis import comparison, selection
+from increlora.analysis.looks import LOOKS, TASKS
+from increlora.analysis.selection import PROTOCOLS, Run, Runs
+from increlora.analysis.tables import Table, interval_text, spread
+from increlora.result_files import last_score
+
+ABLATION = ("raw_growth", "only_orthogonality", "only_advance_learning", "only_restart_warmup", "no_orthogonality",
+            "no_advance_learning", "no_restart_warmup")  # fmt: skip
+CONTROLS = ("random_growth", "uniform")  # what the study asks about
+
+
+def study(experiment: str, tasks: Mapping[str, Runs]) -> dict[str, Table]:
+    """The tables of an experiment over tasks, methods and seeds.
+
+    Args:
+        tasks: task -> method -> seed -> run, without the runs that chose learning rates.
+    """
+    rows = [
+        [TASKS[task], LOOKS[method].label, *(spread(selection.scores(runs, p).values()) for p in PROTOCOLS),
+         _interval(selection.scores(runs, "last").values()), _diverged(runs), _one(map(_rate, runs.values()))]
+        for task, methods in tasks.items()
+        for method, runs in methods.items()
+    ]  # fmt: skip
+    columns = ["task", "method", *PROTOCOLS, "95 % interval of last", "diverged", "learning rate"]
+    caption = f"{experiment}: mean ± SD over seeds (number of seeds), per cent."
+    controls = {
+        task: {m: methods[m] for m in methods if m == "increlora" or m in CONTROLS} for task, methods in tasks.items()
+    }
+    return {
+        experiment: Table(caption, columns, rows),
+        f"{experiment}_differences": differences(experiment, tasks),
+        f"{experiment}_controls": differences(experiment, controls),
+    }
+
+
+def differences(experiment: str, tasks: Mapping[str, Runs]) -> Table:
+    """IncreLoRA minus every other method over the seeds that both have."""
+    rows = []
+    for task, methods in tasks.items():
+        for other in methods:
+            if other != "increlora" and set(methods[other]) & set(methods.get("increlora", ())):
+                rows.append([TASKS[task], LOOKS[other].label, *_difference(methods, other)])
+    columns = ["task", "IncreLoRA minus", "last, difference [95 %]", "p (sign flip)", "seeds", "seeds it would need",
+               "best", "clean"]  # fmt: skip
+    caption = (
+        f"{experiment}: paired differences in points, positive where IncreLoRA is better; p is not adjusted: "
+        "the protocol fixes the order of tests. The seeds it would need show a true difference of this size and spread "
+        "with 80 % power."
+    )
+    return Table(caption, columns, rows)
+
+
+def _difference(methods: Runs, other: str) -> list[str]:
+    compared = {}
+    for protocol in PROTOCOLS:
+        scores = {name: selection.scores(methods[name], protocol) for name in ("increlora", other)}
+        if seeds := comparison.common_seeds(scores):
+            compared[protocol] = comparison.compare(scores, "increlora", other, seeds)
+    last = compared["last"]
+    span = f" [{last.interval.low:+.2f}, {last.interval.high:+.2f}]" if last.interval else ""
+    needed = str(last.seeds_needed(abs(last.mean))) if last.sd and last.mean else ""
+    means = [f"{compared[p].mean:+.2f}" if p in compared else "" for p in ("best", "clean")]
+    return [f"{last.mean:+.2f}{span}", f"{last.p:.3f}", str(len(last.seeds)), needed, *means]
+
+
+def learning_rates(experiment: str, trials: Iterable[Run]) -> Table:
+    """Score of the last step on the held-out tenth by learning rate; the chosen one in bold."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for run in trials:
+        found.setdefault((run["run"]["task"], run["run"]["method"]), {})[_rate(run)] = 100 * last_score(run, "holdout")
+    rows = []
+    for (task, method), by_rate in sorted(found.items(), key=lambda item: _order(*item[0])):
+        best = max(by_rate, key=by_rate.__getitem__)
+        cells = [f"{rate:g}: {f'**{s:.2f}**' if rate == best else f'{s:.2f}'}" for rate, s in sorted(by_rate.items())]
+        rows.append([TASKS[task], LOOKS[method].label, *cells, *[""] * (3 - len(cells))])
+    caption = (
+        f"{experiment}: learning rate: score of the last step on the held-out tenth of train, seed "
+        f"{selection.TUNING_SEED} (per cent); the best is used for all other seeds."
+    )
+    return Table(caption, ["task", "method", "trial", "trial", "trial"], rows)
+
+
+def _order(task: str, method: str) -> tuple[int, int]:
+    return list(TASKS).index(task), list(LOOKS).index(method)
+
+
+def _rate(run: Run) -> float:
+    return run["config"]["train"]["learning_rate"]
+
+
+def _one(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))
+
+
+def _diverged(runs: Mapping[int, Run]) -> str:
+    return str(sum(run["status"] == "diverged" for run in runs.values()))
+
+
+def _interval(scores: Iterable[float]) -> str:
+    """The 95 % interval of a mean, nothing for a single score."""
+    values = list(scores)
+    return interval_text(values) if len(values) > 1 else ""
+
+
+def ablation(runs: Sequence[Run]) -> Table:
+    """IncreLoRA as it is and without parts of it, by backbone, budget and task."""
+    cells: dict[tuple[str, ...], dict[str | None, list[Run]]] = {}
+    for run in runs:
+        name = selection.experiment(run)
+        if run["run"]["method"] == "increlora" and selection.is_published(run, name) and name in (None, *ABLATION):
+            cell = tuple(run["run"][key] for key in ("backbone", "budget", "task"))
+            cells.setdefault(cell, {}).setdefault(name, []).append(run)
+    rows = []
+    for (backbone, budget, task), variants in sorted(cells.items()):
+        for name in (None, *ABLATION) if set(variants) - {None} else ():
+            seeds = {run["run"]["seed"]: run for run in selection.one_per_seed(variants.get(name, []))}
+            scores = [spread(selection.scores(seeds, protocol).values()) for protocol in PROTOCOLS]
+            rows.append([backbone, budget, TASKS[task], name or "IncreLoRA", *scores])
+    caption = "Ablation (paper, Table 2): mean ± SD over seeds (number of seeds), per cent."
+    return Table(caption, ["backbone", "budget", "task", "variant", *PROTOCOLS], rows)

@@ -1,0 +1,247 @@
+"""The plan of a sweep: which runs a file of configs/sweep describes, what each needs, and where each lies.
+
+A sweep file says what runs there are:
+
+    common:   overrides of every run
+    where:    overrides of the runs that have an override, e.g. `method=lora: {method.dropout: 0.0}`
+    runs:     blocks of override -> value or list of values; a block is their product, its first key slowest
+
+A value may depend on other runs, which then run first:
+
+    {best_of: [VALUES], split: SPLIT, seed: K}    the value whose run with seed K ended best on that split
+    {run_with: {OVERRIDE: VALUE}}              the directory of the same run with other overrides
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from increlora import result_files
+from increlora.errors import UserError
+from increlora.glue import config, results
+
+SWEEPS = config.CONFIGS / "sweep"
+REFUSED = {
+    "overwrite": "a sweep does not run again what is finished; delete the directories of the runs that it shall repeat",
+    "run_dir": "every run of a sweep has a directory of its own; start the sweep in the folder where they shall lie",
+}
+
+
+@dataclass
+class Run:
+    """One run of the sweep: its overrides, the runs that they depend on, and where it stands."""
+
+    settings: dict[str, Any]
+    needs: list["Run"] = field(default_factory=list)
+    state: str = "waiting"  # running, finished, failed, stopped
+    overrides: list[str] = field(default_factory=list)  # once everything it needs is finished
+    directory: Path = Path()
+    result: Any = None  # the content of its result file, once it is finished
+    tries: int = 0
+    process: Any = None  # a Popen while it runs
+    gpu: str | None = None
+    began: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other runs, in words."""
+        told = {
+            key: self.settings.get(key) for key in ("task", "method", "budget", "experiment", "train.learning_rate")
+        }
+        words = [str(value) for value in told.values() if value is not None and not isinstance(value, dict)]
+        return " ".join([*words, f"seed {self.settings.get('seed', 'by default')}"])
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "sweep.log"
+
+
+# the file
+
+
+def read_sweep(name: str) -> dict[str, Any]:
+    """A file of configs/sweep, or of another folder.
+
+    Raises:
+        UserError: there is none of that name, or it is no sweep.
+    """
+    path = Path(name) if name.endswith(".yaml") else SWEEPS / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(sorted(other.stem for other in SWEEPS.glob("*.yaml")))
+        raise UserError(f"there is no sweep '{name}'; there is: {there}")
+    try:
+        sweep = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sweep, dict) or not {"about", "runs"} <= set(sweep) <= {"about", "common", "where", "runs"}:
+        has = ", ".join(map(str, sweep))
+        raise UserError(f"{path} has {has}; a sweep has about, runs and perhaps common and where")
+    check(sweep, path)
+    return sweep
+
+
+def check(sweep: Mapping[str, Any], path: Path) -> None:
+    """Whether the parts of a sweep are what `expand` takes them for.
+
+    Raises:
+        UserError: one is not, with the file.
+    """
+    blocks, common, conditions = sweep["runs"], sweep.get("common", {}), sweep.get("where", {})
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise UserError(f"{path}: runs is not a list of blocks of override: value, e.g. `- {{task: rte, seed: [1]}}`")
+    parts = {"common": common, "where": conditions}
+    if isinstance(conditions, dict):
+        parts |= {f"where {condition}": overrides for condition, overrides in conditions.items()}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: {name} is not a mapping of override: value, e.g. `{{budget: r2}}`")
+    for part in (common, *conditions.values(), *blocks):
+        for key, listed in part.items():
+            for value in listed if isinstance(listed, list) else [listed]:
+                if isinstance(value, dict) and not dependent(value):
+                    raise UserError(
+                        f"{path}, {key}: a value that depends on other runs is {{best_of: [VALUES], split: SPLIT, "
+                        f"seed: K}} or {{run_with: {{OVERRIDE: VALUE}}}}, not {value}"
+                    )
+
+
+def dependent(value: Mapping[str, Any]) -> bool:
+    """Whether a value says which other runs it depends on."""
+    if set(value) == {"best_of", "split", "seed"}:
+        return isinstance(value["best_of"], list) and bool(value["best_of"])
+    return set(value) == {"run_with"} and isinstance(value["run_with"], dict)
+
+
+def parted(sweep: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The overrides that choose among the sweep's values, and those that go to every run.
+
+    Raises:
+        UserError: an override that is none, or a value that the sweep does not have.
+    """
+    varied: dict[str, set[str]] = {}
+    for block in sweep["runs"]:
+        for key, value in block.items():
+            varied.setdefault(key, set()).update(map(str, value if isinstance(value, list) else [value]))
+    chosen, extra = {}, {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is no override; write key=value")
+        if key not in varied:
+            extra[key] = value
+            continue
+        chosen[key] = value.split(",")
+        if unknown := set(chosen[key]) - varied[key]:
+            there = ", ".join(sorted(varied[key]))
+            raise UserError(f"{key}={','.join(sorted(unknown))}: the sweep has {key} {there}")
+    return chosen, extra
+
+
+# its runs
+
+
+# what runs there are
+
+
+def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Mapping[str, str]) -> list[Run]:
+    """Every run, each after those that it needs.
+
+    Args:
+        sweep: content of a sweep file.
+        chosen: override -> the values to keep.
+        extra: overrides of every run.
+
+    Raises:
+        UserError: an override that no run of a sweep can have (`REFUSED`).
+    """
+    runs: dict[str, Run] = {}
+
+    def add(settings: dict[str, Any]) -> Run:
+        for name, value in settings.items():
+            if reason := REFUSED.get(str(name).lstrip("+~")):
+                raise UserError(f"{name}={value}: {reason}")
+        key = json.dumps(settings, sort_keys=True)
+        if key not in runs:
+            needs = [add(other) for value in settings.values() for other in needed(settings, value)]
+            runs[key] = Run(settings, needs)
+        return runs[key]
+
+    for block in sweep["runs"]:
+        for settings in product(block):
+            if all(str(settings[key]) in values for key, values in chosen.items() if key in settings):
+                add({**sweep.get("common", {}), **settings, **where(sweep, settings), **extra})
+    return list(runs.values())
+
+
+def product(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All combinations of the values of a block."""
+    values = [value if isinstance(value, list) else [value] for value in block.values()]
+    return (dict(zip(block, combination, strict=True)) for combination in itertools.product(*values))
+
+
+def where(sweep: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that the sweep gives to runs with these settings."""
+    settings = {**sweep.get("common", {}), **settings}
+    matching = (
+        overrides
+        for condition, overrides in sweep.get("where", {}).items()
+        if str(settings.get(condition.partition("=")[0])) == condition.partition("=")[2]
+    )
+    return {key: value for overrides in matching for key, value in overrides.items()}
+
+
+def needed(settings: Mapping[str, Any], value: Any) -> list[dict[str, Any]]:
+    """The settings of the runs that a value depends on."""
+    if not isinstance(value, dict):
+        return []
+    key = next(key for key, other in settings.items() if other is value)
+    if "best_of" in value:
+        return [{**settings, key: candidate, "seed": value["seed"]} for candidate in value["best_of"]]
+    own = {name for name in settings if name != key}
+    return [{**{name: settings[name] for name in own}, **value["run_with"]}]
+
+
+def resolve(run: Run) -> None:
+    """Work out overrides and directory of a run whose needs are finished."""
+    values = {key: final(value, run) if isinstance(value, dict) else value for key, value in run.settings.items()}
+    run.overrides = [f"{key}={quoted(value)}" for key, value in values.items()]
+    cfg = config.load(run.overrides)
+    run.directory = config.run_directory(cfg, config.identity(cfg, run.overrides))
+
+
+def final(value: Mapping[str, Any], run: Run) -> Any:
+    """A value that depends on other runs."""
+    if "best_of" in value:
+        trials = [other for other in run.needs if other.settings["seed"] == value["seed"]]
+        scores = [result_files.last_score(trial.result, value["split"]) for trial in trials]
+        return value["best_of"][scores.index(max(scores))]
+    with_others = {**run.settings, **value["run_with"]}
+    return next(other.directory for other in run.needs if other.settings.items() <= with_others.items())
+
+
+def quoted(value: Any) -> str:
+    """A value as Hydra reads it."""
+    if value is None:
+        return "null"
+    text = str(value)
+    return f"'{text}'" if any(character in text for character in "=,{}[]() ") else text
+
+
+def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
+    """The result of a run that finished before, in its own directory or among the known ones."""
+    cfg = config.load(run.overrides)
+    resolved = config.resolved(cfg)
+    result = results.stored(run.directory, resolved, lambda: config.inputs(cfg))
+    if result is None and known is not None:
+        path = (known / run.directory.relative_to("runs")).with_suffix(".json")
+        found = result_files.read(path) if path.exists() else None
+        if found and found["config"] == json.loads(json.dumps(resolved)):
+            result = None if results.changed_inputs(found, config.inputs(cfg)) else found
+    return result

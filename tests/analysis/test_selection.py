@@ -1,0 +1,121 @@
+"""Which runs figures and tables choose, and what they read of them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from increlora.analysis import selection
+from increlora.errors import UserError
+
+
+def a_run(method="lora", task="cola", seed=41, experiment="minilm_study", budget="r2", **parts):
+    overrides = ["precision=bf16"] + ([f"experiment={experiment}"] if experiment else [])
+    run = {"backbone": "minilm", "budget": budget, "method": method, "task": task, "seed": seed}
+    return {"run": run | {"settings_from": "a test", "overrides": overrides}, **parts}
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """A results folder for runs of our own: call it with them."""
+    monkeypatch.setattr(selection, "RESULTS", tmp_path)
+
+    def write(*runs):
+        for number, run in enumerate(runs):
+            path = tmp_path / "runs" / str(number) / f"seed{run['run']['seed']}.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(run))
+
+    return write
+
+
+def test_the_study_comes_before_older_runs_task_by_task(committed):
+    committed(
+        a_run(task="cola", experiment="minilm_comparison"),
+        a_run(task="cola", seed=42),
+        a_run(task="mrpc", experiment="minilm_comparison"),
+        a_run(task="mrpc", experiment="minilm_5_epochs"),
+        a_run(task="rte", experiment=None),
+        a_run(task="stsb", budget="r8"),
+    )
+    shown = selection.panels(["lora"])
+    assert list(shown) == ["cola", "mrpc"]
+    assert list(shown["cola"]["lora"]) == [42]
+    assert selection.experiment(shown["mrpc"]["lora"][41]) == "minilm_comparison"
+
+
+def test_an_experiment_without_a_needed_method_is_passed_over(committed):
+    older = [a_run(method, experiment="minilm_comparison") for method in ("lora", "full")]
+    committed(*older, a_run("lora"), a_run("lora", task="mrpc"))
+    shown = selection.panels(["lora", "full"], needed=["lora", "full"])
+    assert list(shown) == ["cola"] and list(shown["cola"]) == ["lora", "full"]
+    assert selection.experiment(shown["cola"]["lora"][41]) == "minilm_comparison"
+
+
+def test_nothing_to_show_is_said(committed):
+    committed(a_run("lora"))
+    with pytest.raises(UserError, match="no task has results of adalora"):
+        selection.panels(["adalora"])
+
+
+def test_the_seed_that_chose_learning_rates_is_left_out(committed):
+    committed(a_run(seed=40), a_run(seed=41))
+    assert [run["run"]["seed"] for run in selection.load()] == [41]
+
+
+def test_two_runs_of_one_seed_are_refused():
+    with pytest.raises(UserError, match="lora on cola has two runs with seed 41 in minilm_study"):
+        selection.by_method([a_run(), a_run()])
+
+
+def test_a_method_without_a_look_is_refused():
+    with pytest.raises(UserError, match=r"'mine'.*LOOKS"):
+        selection.by_method([a_run("mine")])
+
+
+def test_short_runs_are_told_by_what_they_are_for(committed):
+    meant, other = a_run(experiment=None), a_run(experiment=None)
+    meant["run"]["settings_from"], other["run"]["settings_from"] = "figure 4 in 9 steps", "figure 44 in 9 steps"
+    committed(meant, other)
+    assert selection.short_runs("figure 4") == [meant]
+
+
+def test_counts_of_seeds_in_words():
+    runs = {"lora": dict.fromkeys([1, 2, 3], a_run()), "full": {1: a_run()}}
+    assert selection.seeds_of(runs) == "n = 1 to 3 seeds"
+    assert selection.seeds_of({"full": runs["full"]}) == "n = 1 seed"
+    assert selection.source_of({"cola": runs}) == "minilm, minilm_study: CoLA (n = 1 to 3 seeds)"
+
+
+def test_scores_of_a_protocol_are_in_per_cent():
+    runs = {41: a_run(scores={"last": {"score": 0.5}}), 42: a_run(scores={"last": {"score": 1}, "clean": {"score": 0}})}
+    assert selection.scores(runs, "last") == {41: 50, 42: 100}
+    assert selection.scores(runs, "clean") == {42: 0}
+
+
+def test_ranks_over_training_follow_growth_and_pruning():
+    changes = [{"step": 5, "added": {"a": 2}}, {"step": 9, "added": {"a": -1, "b": -1}}]
+    run = a_run(ranks={"start": {"a": 1, "b": 1}}, allocations=changes)
+    assert selection.rank_history(run) == [(0, {"a": 1, "b": 1}), (5, {"a": 3, "b": 1}), (9, {"a": 2, "b": 0})]
+    assert run["ranks"]["start"] == {"a": 1, "b": 1}
+
+
+def test_committed_runs_end_where_their_changes_lead():
+    committed = selection.load()
+    assert len(committed) > 100
+    for run in committed:
+        assert selection.rank_history(run)[-1][1] == run["ranks"]["last"]
+
+
+def test_tables_need_no_drawing_and_no_result_needs_torch():
+    """Neither matplotlib nor torch is imported: reading results costs the libraries for numbers alone."""
+    names = ("benchmark_table", "comparison", "glue_table", "looks", "selection", "study_tables", "tables")
+    code = f"""
+import sys
+from increlora.analysis import {", ".join(names)}
+assert selection.load()
+assert not {{"torch", "matplotlib", "transformers", "hydra"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
