@@ -333,10 +333,8 @@ class Bank(nn.Module):
 
     def _gather(self, dtype: torch.dtype) -> dict[str, Views]:
         rows = self._concatenated()
-        indices = self._indices()
-        lambdas = torch.cat(
-            [*(group.lambda_ for group in self.all_groups if group.lambda_ is not None), self._constants]
-        )
+        held = [group.lambda_ for group in self.all_groups if group.lambda_ is not None]
+        lambdas = torch.cat([*held, self._constants])
         found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         for width, index in self._indices().items():
             exact = (

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from increlora.errors import UserError
@@ -103,6 +104,19 @@ def unfreeze_matching(model: nn.Module, pattern: str) -> list[str]:
     for name in names:
         model.get_parameter(name).requires_grad_(True)
     return names
+
+
+def hold_frozen_layers_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen weights of linear layers in the dtype in which autocast computes.
+
+    Autocast would cast them in every use, to the same values; so this saves time and memory, and changes no result.
+    """
+    others = (module for module in model.modules() if type(module) is not nn.Linear)
+    shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if type(module) is nn.Linear else ():
+            if not parameter.requires_grad and id(parameter) not in shared:
+                parameter.data = parameter.data.to(dtype)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

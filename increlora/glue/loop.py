@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from increlora import distributed, groups
+from increlora import distributed, groups, surgery
 from increlora.errors import Interrupted, UserError
 from increlora.glue import checkpoint
 from increlora.glue.batching import collate, epoch_batches, to_device
@@ -111,9 +111,11 @@ def take_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distributed.average_gradients(parameters)
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
     # one reading for all of it, which is when a GPU is waited for
-    told = torch.stack([torch.stack(losses).sum(), norm, norm.new_full((), float(stop))]).double()
+    told = torch.stack([torch.stack(losses).sum(), norm, norm.new_full((), float(stop))])
     loss, gradient_norm, stopping = distributed.mean(told).tolist()
     taken = math.isfinite(gradient_norm) and math.isfinite(loss)
     if taken:
@@ -179,6 +181,8 @@ class Training:
         torch.manual_seed(derive_seed(settings.seed, "dropout", distributed.rank()))
         self.start_ranks = method.ranks()
         model.to(self.device)
+        if settings.autocast_dtype is not None:
+            surgery.hold_frozen_layers_in(model, settings.autocast_dtype)
         self.optimizer = make_optimizer(model, method, settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()

@@ -27,7 +27,7 @@ class Settings:
         epochs: passes over the training data.
         max_steps: optimizer steps after which a run ends at the latest.
         warmup_steps: of the learning rate; new parameters get a warmup of their own of this length.
-        max_grad_norm: gradients are clipped to this norm over all parameters.
+        max_grad_norm: gradients are clipped to this norm over all parameters; None: they are not clipped.
         eval_interval: optimizer steps between evaluations; the last step is always evaluated.
         log_interval: optimizer steps between log lines.
         checkpoint_interval: optimizer steps between checkpoints.
@@ -45,7 +45,7 @@ class Settings:
     epochs: float = 5
     max_steps: int | None = None
     warmup_steps: int = 100
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     eval_interval: int = 100
     log_interval: int = 10
     checkpoint_interval: int = 100
@@ -101,7 +101,12 @@ class Settings:
         steps = math.ceil(self.epochs * math.ceil(examples / self.batch_size))
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast, None without it."""
+        return AUTOCAST[self.precision]
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which a forward computes in `precision`."""
-        dtype = AUTOCAST[self.precision]
+        dtype = self.autocast_dtype
         return torch.autocast(self.torch_device.type, dtype) if dtype else contextlib.nullcontext()

@@ -234,3 +234,18 @@ def assert_plain(value) -> None:
 def test_metrics_are_numbers_under_known_keys(done):
     for key, value in done.method.metrics().items():
         assert key.startswith(("train/", "rank/", "score/", "budget/")) and type(value) is float
+
+
+def test_frozen_weights_held_in_bf16_change_no_bit(done, pattern, monkeypatch):
+    """Autocast rounds them in every use; here they are rounded once, with the same losses, scores and weights."""
+    cfg = compose(done.cfg.method.name, pattern, "precision=bf16", "train.max_steps=12")
+    held = run(cfg)
+    monkeypatch.setattr(surgery, "hold_frozen_layers_in", lambda model, dtype: None)
+    cast = run(cfg)
+    assert held.losses == cast.losses and held.last.scores == cast.last.scores
+    assert held.outcome.allocations == cast.outcome.allocations
+    trained = [held.method.trained_state(held.model), cast.method.trained_state(cast.model)]
+    assert all(torch.equal(a, trained[1][name]) for name, a in trained[0].items())
+    assert not any(p.dtype == torch.bfloat16 for p in cast.model.parameters())
+    if not all(p.requires_grad for p in held.model.parameters()):
+        assert any(p.dtype == torch.bfloat16 for p in held.model.parameters() if not p.requires_grad)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY_KINDS, tiny_batches
 
+from increlora import groups
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.glue.evaluate import evaluate, predict
@@ -201,7 +202,7 @@ def test_a_run_that_diverges_at_once_has_the_score_of_its_start(tiny_deberta, tm
 def test_bf16_autocast_trains_and_reaches_the_budget(tiny_deberta, tmp_path):
     outcome, _ = run(tiny_deberta.float(), increlora(), tmp_path, settings(precision="bf16"))
     assert outcome.status == "finished" and sum(outcome.curve[-1].ranks.values()) == 24
-    assert all(p.dtype == torch.float32 for p in tiny_deberta.parameters())
+    assert all(p.dtype == torch.float32 for p in tiny_deberta.parameters() if p.requires_grad)
 
 
 def test_a_holdout_split_is_evaluated_beside_dev(tiny_deberta, tmp_path):
@@ -249,3 +250,48 @@ def test_steps_of_a_run():
     assert settings(batch_size=32, epochs=50).total_steps(2490) == 3900
     assert settings(batch_size=32, epochs=0.5).total_steps(3668) == 58
     assert settings(batch_size=32, epochs=5, max_steps=20).total_steps(2490) == 20
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")  # each makes a GPU wait
+
+
+@pytest.mark.parametrize("step", [0, 6, 7])  # not scored, scored, scored by two
+def test_a_step_reads_the_device_once(tiny_deberta, monkeypatch, step):
+    method, given = increlora(interval=8, init_warmup=8, scoring_window=3), settings(max_steps=100, epochs=100)
+    method.prepare(tiny_deberta, 100)
+    optimizer = make_optimizer(tiny_deberta, method, given)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    reads = []
+    for name in READS:
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *a, _name=name, _original=original, **k: (reads.append(_name), _original(self, *a, **k))[1],
+        )
+
+    def loss_of(batch):
+        before = len(reads)
+        loss = tiny_deberta(**batch).loss
+        del reads[before:]  # what transformers reads in its forward is not ours
+        return loss
+
+    take_step(step, tiny_batches(2), loss_of, method, optimizer, given, scaler)
+    assert reads == ["tolist"]
+
+
+def test_gradients_are_not_clipped_where_no_norm_is_given(tiny_deberta):
+    models = [tiny_deberta, copy.deepcopy(tiny_deberta), copy.deepcopy(tiny_deberta)]
+    norms = []
+    for model, limit in zip(models, (None, 1e9, 1e-3), strict=True):
+        method, given = Method(), settings(max_grad_norm=limit)
+        method.prepare(model, 10)
+        optimizer = torch.optim.SGD(groups.parameter_groups(method, model, 0.0), lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        norms.append(
+            take_step(
+                0, tiny_batches(1), lambda b, m=model: m(**b).loss, method, optimizer, given, scaler
+            ).gradient_norm
+        )
+    same, free, clipped = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    assert torch.equal(same, free) and not torch.allclose(same, clipped) and norms[0] == norms[1] == norms[2]
