@@ -36,13 +36,13 @@ class Allocator:
     def __post_init__(self) -> None:
         for name in ("matrices", "init_rank", "target_rank", "rank_step", "top_h", "interval"):
             if getattr(self, name) < 1:
-                raise UserError(f"method.{name} must be at least 1, it is {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, it is {getattr(self, name)}")
         if self.init_warmup < 0:
-            raise UserError(f"method.init_warmup must not be negative, it is {self.init_warmup}")
+            raise UserError(f"init_warmup must not be negative, it is {self.init_warmup}")
         if self.target_rank < self.init_rank:
             raise UserError(
                 f"the budget is below the start: target_rank {self.target_rank} < init_rank {self.init_rank}. "
-                "Raise method.target_rank or lower method.init_rank."
+                "Raise target_rank or lower init_rank."
             )
 
     @property
@@ -92,15 +92,18 @@ class Allocator:
     def check(self, total_steps: int) -> None:
         """Refuse a schedule whose last growth would get no training step.
 
+        The optimizer counts its steps from 0, a growth comes within a step, and what it adds trains from the next one on.
+
         Raises:
             UserError: with the numbers that do not fit.
         """
-        steps = self.growth_steps()
-        if steps and steps[-1] + 1 >= total_steps:
+        steps, latest = self.growth_steps(), total_steps - 2
+        if steps and steps[-1] > latest:
             raise UserError(
-                f"the growth schedule does not fit: {len(steps)} growths, steps {steps[0]} to {steps[-1]}, in "
-                f"{total_steps} training steps (interval {self.interval}, top_h {self.top_h}, rank_step "
-                f"{self.rank_step}, budget {self.budget}). Lower method.interval or raise method.top_h or train.epochs."
+                f"the growth schedule does not fit: {len(steps)} growths, at steps {steps[0]} to {steps[-1]}, but step "
+                f"{latest} is the last after which new ranks still train, in {total_steps} training steps (interval "
+                f"{self.interval}, init_warmup {self.init_warmup}, top_h {self.top_h}, rank_step {self.rank_step}, budget "
+                f"{self.budget}). Lower interval or raise top_h, rank_step or the number of steps."
             )
 
     def smallest_top_h(self, total_steps: int) -> int:

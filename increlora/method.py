@@ -190,7 +190,7 @@ class Method:
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:
-            raise UserError(f"method.matrices names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
+            raise UserError(f"matrices names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
         return surgery.find_matrices(model, {k: kinds[k] for k in self.matrices or kinds})
 
     def freeze_all_but_head(self, model: nn.Module) -> None:

@@ -86,8 +86,8 @@ def test_budget_is_hit_exactly_from_any_top_h():
     ("changes", "said"),
     [
         ({"target_rank": 1, "init_rank": 2}, "below the start"),
-        ({"top_h": 0}, "method.top_h must be at least 1"),
-        ({"interval": 0}, "method.interval must be at least 1"),
+        ({"top_h": 0}, "top_h must be at least 1"),
+        ({"interval": 0}, "interval must be at least 1"),
         ({"init_warmup": -1}, "init_warmup must not be negative"),
     ],
 )
@@ -99,7 +99,7 @@ def test_impossible_values_are_refused_with_their_numbers(changes, said):
 
 def test_a_last_growth_after_the_last_step_is_refused():
     allocator().check(1602)  # growth at 1600, one step (1601) left to train it
-    with pytest.raises(UserError, match="15 growths, steps 200 to 1600, in 1601 training steps"):
+    with pytest.raises(UserError, match="15 growths, at steps 200 to 1600, but step 1599 is the last"):
         allocator().check(1601)
 
 
