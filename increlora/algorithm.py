@@ -42,9 +42,9 @@ class IncreLoRA(Method):
         orth_weight: weight of the orthogonal penalty.
         alpha: scale of the update, divided by the rank.
         dropout: dropout on the input of the update.
-        scoring_window: score only in this many steps up to each growth, the averages going on from the window
-            before; "all": in every step until the budget is spent; "auto": so many that what is left out
-            weighs less than `FORGOTTEN` in the averages (57 at beta 0.85).
+        scoring_window: score only in this many steps up to each growth; the averages continue from the previous window.
+            "all": in every step until the budget is spent. "auto": so many that what is left out weighs less than
+            `FORGOTTEN` in the averages (57 at beta 0.85).
         score_reduction: "sqrt" (the authors' code) or "mean" (the paper) over the elements of a matrix.
         last_use_only, rank_epsilon: the authors' two defects, for replaying their code (configs/compat).
     """
@@ -102,6 +102,12 @@ class IncreLoRA(Method):
     def _new_bank(self, bases: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> Bank:
         """The tensors of every allocation of the run: the start, the first reserves, each growth."""
         shapes = {name: (base.out_features, base.in_features) for name, base in bases.items()}
+        devices = sorted({str(base.weight.device) for base in bases.values()})
+        if len(devices) > 1:
+            raise UserError(
+                f"the adapted matrices lie on several devices ({', '.join(devices)}), their components must lie on one: "
+                "load the whole model on one device, without device_map"
+            )
         allocator = self.allocator
         sizes = [_group_size(shapes, ranks, lambdas=sum(ranks.values()))]
         if allocator.needed:

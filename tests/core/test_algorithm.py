@@ -288,6 +288,25 @@ def test_the_penalty_is_no_part_of_the_score_or_of_the_reported_loss(tiny_debert
     torch.testing.assert_close(sensitivities[0], sensitivities[1])
 
 
+def test_a_model_on_several_devices_is_refused(tiny_deberta):
+    tiny_deberta.deberta.encoder.layer[1].to("meta")
+    with pytest.raises(UserError, match=r"several devices \(cpu, meta\)"):
+        increlora().prepare(tiny_deberta, STEPS)
+
+
+def test_a_sequential_model_keeps_its_layers(tiny_deberta):
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    before, features = layers(x), layers[:-1](x)
+    method = increlora(kinds={"layer": r"\d+"}, head=None, top_h=None)
+    method.prepare(layers, STEPS)
+    assert len(layers) == 3 and torch.equal(layers(x), before) and torch.equal(layers[:-1](x), features)
+    assert sum(p.requires_grad for p in layers.parameters()) == 4  # rows of widths 2, 3 and 4, lambdas
+    method.merge(layers)
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "Tanh", "Linear"]
+    assert list(layers.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
 def test_the_last_growth_takes_what_is_left_of_the_budget(tiny_deberta):
     """84 ranks by steps of 5: 16 matrices gain 5, one gains 4."""
     method = increlora(target_rank=8, rank_step=5, top_h=6)
