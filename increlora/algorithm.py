@@ -21,7 +21,6 @@ from increlora.orthogonality import orthogonal_penalty
 from increlora.streams import stream
 
 START, FIRST_RESERVES = 0, 1  # numbers of groups in the bank; each growth brings one more
-RANK_MULTIPLE = 1
 FORGOTTEN = 1e-4  # weight in the moving averages below which the past is left out
 
 
@@ -42,9 +41,9 @@ class IncreLoRA(Method):
         orth_weight: weight of the orthogonal penalty.
         alpha: scale of the update, divided by the rank.
         dropout: dropout on the input of the update.
-        scoring_window: score only in this many steps up to each growth; the averages continue from the previous window.
-            "all": in every step until the budget is spent. "auto": so many that what is left out weighs less than
-            `FORGOTTEN` in the averages (57 at beta 0.85).
+        scoring_window: score only in this many steps up to each growth; the averages continue from the previous
+            window. "all": in every step until the budget is spent. "auto": so many that what is left out weighs
+            less than `FORGOTTEN` in the averages (57 at beta 0.85).
         score_reduction: "sqrt" (the authors' code) or "mean" (the paper) over the elements of a matrix.
         last_use_only, rank_epsilon: the authors' two defects, for replaying their code (configs/compat).
     """
@@ -105,8 +104,8 @@ class IncreLoRA(Method):
         devices = sorted({str(base.weight.device) for base in bases.values()})
         if len(devices) > 1:
             raise UserError(
-                f"the adapted matrices lie on several devices ({', '.join(devices)}), their components must lie on one: "
-                "load the whole model on one device, without device_map"
+                f"the adapted matrices lie on several devices ({', '.join(devices)}), their components must lie on "
+                "one: load the whole model on one device, without device_map"
             )
         allocator = self.allocator
         sizes = [_group_size(shapes, ranks, lambdas=sum(ranks.values()))]
@@ -117,7 +116,7 @@ class IncreLoRA(Method):
         like = next(iter(bases.values())).weight
         return Bank(
             shapes, sizes, alpha=self.alpha, rank_epsilon=self.rank_epsilon,
-            reserve_lambda=self.reserve_lambda if self.advance_learning else 0.0, multiple=RANK_MULTIPLE,
+            reserve_lambda=self.reserve_lambda if self.advance_learning else 0.0,
             # in half precision, steps of the size of a learning rate would be lost
             dtype=like.dtype if like.dtype == torch.float64 else torch.float32, device=like.device,
         )  # fmt: skip

@@ -92,7 +92,7 @@ class Allocator:
     def check(self, total_steps: int) -> None:
         """Refuse a schedule whose last growth would get no training step.
 
-        The optimizer counts its steps from 0, a growth comes within a step, and what it adds trains from the next one on.
+        Steps count from 0. A growth comes within a step, and what it adds trains from the next one on.
 
         Raises:
             UserError: with the numbers that do not fit.
@@ -102,8 +102,8 @@ class Allocator:
             raise UserError(
                 f"the growth schedule does not fit: {len(steps)} growths, at steps {steps[0]} to {steps[-1]}, but step "
                 f"{latest} is the last after which new ranks still train, in {total_steps} training steps (interval "
-                f"{self.interval}, init_warmup {self.init_warmup}, top_h {self.top_h}, rank_step {self.rank_step}, budget "
-                f"{self.budget}). Lower interval or raise top_h, rank_step or the number of steps."
+                f"{self.interval}, init_warmup {self.init_warmup}, top_h {self.top_h}, rank_step {self.rank_step}, "
+                f"budget {self.budget}). Lower interval or raise top_h, rank_step or the number of steps."
             )
 
     def smallest_top_h(self, total_steps: int) -> int:

@@ -68,7 +68,6 @@ class Bank(nn.Module):
         alpha: scale of the update, divided by the rank (so growing rescales the old components).
         rank_epsilon: added to the rank in that division (the authors' code: 1e-5).
         reserve_lambda: lambda of a component in reserve.
-        multiple: the rows that reach an output are filled up with zeros to a multiple of this.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class Bank(nn.Module):
         alpha: float,
         rank_epsilon: float = 0.0,
         reserve_lambda: float = 0.0,
-        multiple: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
@@ -87,7 +85,6 @@ class Bank(nn.Module):
         self.matrices = {name: Matrix(name, width, height) for name, (height, width) in shapes.items()}
         self.alpha, self.rank_epsilon, self.reserve_lambda = alpha, rank_epsilon, reserve_lambda
         self.groups = nn.ModuleList(ComponentGroup(size, dtype, torch.device(device)) for size in groups)
-        self.multiple = multiple
         self.hooks: list[RemovableHandle] = []
         self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
         self._last: tuple[Any, dict[int, Tensor]] = (None, {})
@@ -383,27 +380,19 @@ class Bank(nn.Module):
         first = dict(zip(holders, itertools.accumulate(lengths, initial=0), strict=False))
         zero = sum(lengths)  # the row after the last
         starts = self._lambda_starts()
-        one = starts[NO_GROUP] + 1
         factors, sizes, places, lambdas, scale, stack = [], [], [], [], [], []
-        for name, matrix in self.matrices.items():
-            for what in ("A", "B"):
-                if width != (matrix.in_features if what == "A" else matrix.out_features):
-                    continue
-                begins = [first[c.group] + (c.A_row if what == "A" else c.B_row) for c in matrix.components]
-                rows = [[*range(begin, begin + c.rank)] for begin, c in zip(begins, matrix.components, strict=True)]
-                used = [*itertools.chain(*rows[: len(matrix.used)])]
-                padding = -len(used) % self.multiple
-                factors.append((what, name))
-                sizes.append(len(used) + padding)
-                places += used + [zero] * padding
-                lambdas += (
-                    [place for c in matrix.used for place in _lambda_places(c, starts)]
-                    if what == "A"
-                    else [one] * len(used)
-                )
-                lambdas += [one] * padding
-                scale += [self.scale(name) if what == "A" else 1.0] * sizes[-1]
-                stack.append([*itertools.chain(*rows)])
+        for what, name in self._factors_of(width):
+            matrix = self.matrices[name]
+            begins = [first[c.group] + (c.A_row if what == "A" else c.B_row) for c in matrix.components]
+            rows = [[*range(begin, begin + c.rank)] for begin, c in zip(begins, matrix.components, strict=True)]
+            used = [*itertools.chain(*rows[: len(matrix.used)])]
+            factors.append((what, name))
+            sizes.append(len(used))
+            places += used
+            of_A = [place for c in matrix.used for place in _lambda_places(c, starts)]
+            lambdas += of_A if what == "A" else [starts[NO_GROUP] + 1] * len(used)
+            scale += [self.scale(name) if what == "A" else 1.0] * len(used)
+            stack.append([*itertools.chain(*rows)])
         largest = max(map(len, stack))
         whole = torch.tensor([row + [zero] * (largest - len(row)) for row in stack])
         like = self.like
@@ -417,6 +406,15 @@ class Bank(nn.Module):
             stack=whole.flatten().to(like.device),
             identities=torch.diag_embed((whole < zero).to(like.dtype)).to(like.device),
         )
+
+    def _factors_of(self, width: int) -> list[tuple[str, str]]:
+        """("A" or "B", matrix) of every factor whose rows are so wide, in model order."""
+        return [
+            (what, name)
+            for name, matrix in self.matrices.items()
+            for what, wide in (("A", matrix.in_features), ("B", matrix.out_features))
+            if wide == width
+        ]
 
     def _lambda_starts(self) -> dict[int, int]:
         """Where the lambdas of each group begin in the concatenation of all; `NO_GROUP`: the constants after them."""
