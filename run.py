@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from increlora import result_files
 from increlora.glue import config, results
 
-# on a CPU torch keeps a kernel for every shape of product that it meets, 1,024 of them, and ranks that grow make many shapes
+# on a CPU torch keeps a kernel for every shape of product that it meets, up to 1,024; ranks that grow make many shapes
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
