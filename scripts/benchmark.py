@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from baselines.adalora import AdaLoRA
 from baselines.lora import LoRA
 from increlora.algorithm import IncreLoRA
-from increlora.glue import config, results
+from increlora.analysis.benchmark_table import benchmark_table
+from increlora.glue import config
 from increlora.glue.batching import epoch_batches, padding_share
 from increlora.glue.evaluate import predict
 from increlora.glue.loop import Training, peak_memory_mb
@@ -372,7 +373,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.backbone}, batch {options.batch} x {options.length}, rank {options.rank}, {options.precision}, "
-          f"{options.repeats} rounds; {result['machine']}\n\n{results.benchmark_table(result)}")  # fmt: skip
+          f"{options.repeats} rounds; {result['machine']}\n\n{benchmark_table(result)}")  # fmt: skip
 
 
 if __name__ == "__main__":
