@@ -8,12 +8,14 @@ A sweep file says what runs there are:
 
 A value may depend on other runs, which then run first:
 
-    {best_of: [VALUES], split: SPLIT, seed: K}    the value whose run with seed K ended best on that split
+    {best_of: [VALUES], split: SPLIT, seed: K}    the value whose run with seed K ended best on that split;
+                                               seed: [K, L] takes the mean over several seeds
     {run_with: {OVERRIDE: VALUE}}              the directory of the same run with other overrides
 """
 
 import itertools
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +117,7 @@ def check(sweep: Mapping[str, Any], path: Path) -> None:
 def dependent(value: Mapping[str, Any]) -> bool:
     """Whether a value says which other runs it depends on."""
     if set(value) == {"best_of", "split", "seed"}:
-        return isinstance(value["best_of"], list) and bool(value["best_of"])
+        return isinstance(value["best_of"], list) and bool(value["best_of"]) and value["seed"] != []
     return set(value) == {"run_with"} and isinstance(value["run_with"], dict)
 
 
@@ -203,9 +205,14 @@ def needed(settings: Mapping[str, Any], value: Any) -> list[dict[str, Any]]:
         return []
     key = next(key for key, other in settings.items() if other is value)
     if "best_of" in value:
-        return [{**settings, key: candidate, "seed": value["seed"]} for candidate in value["best_of"]]
+        return [{**settings, key: candidate, "seed": k} for candidate in value["best_of"] for k in trial_seeds(value)]
     own = {name for name in settings if name != key}
     return [{**{name: settings[name] for name in own}, **value["run_with"]}]
+
+
+def trial_seeds(value: Mapping[str, Any]) -> list[int]:
+    """The seeds whose runs choose a value."""
+    return value["seed"] if isinstance(value["seed"], list) else [value["seed"]]
 
 
 def resolve(run: Run) -> None:
@@ -219,9 +226,12 @@ def resolve(run: Run) -> None:
 def final(value: Mapping[str, Any], run: Run) -> Any:
     """A value that depends on other runs."""
     if "best_of" in value:
-        trials = [other for other in run.needs if other.settings["seed"] == value["seed"]]
-        scores = [result_files.last_score(trial.result, value["split"]) for trial in trials]
-        return value["best_of"][scores.index(max(scores))]
+        key = next(key for key, other in run.settings.items() if other is value)
+        scores: dict[Any, list[float]] = {candidate: [] for candidate in value["best_of"]}
+        for trial in run.needs:
+            if trial.settings["seed"] in trial_seeds(value) and trial.settings[key] in scores:
+                scores[trial.settings[key]].append(result_files.last_score(trial.result, value["split"]))
+        return max(scores, key=lambda candidate: statistics.fmean(scores[candidate]))  # the first of equals
     with_others = {**run.settings, **value["run_with"]}
     return next(other.directory for other in run.needs if other.settings.items() <= with_others.items())
 

@@ -83,6 +83,18 @@ def test_the_best_trial_is_the_best_at_its_end(scores, best):
     assert sweep_plan.final(BEST, run) == best
 
 
+def test_a_value_may_be_chosen_by_the_mean_over_seeds():
+    study = {**STUDY, "common": {"train.learning_rate": BEST | {"seed": [40, 41]}}}
+    (run,) = (
+        run for run in sweep_plan.expand(study, {"task": ["rte"], "seed": ["1"], "method": ["lora"]}, {}) if run.needs
+    )
+    for trial in run.needs:  # rates .1, .2, .3; alone, seed 40 would choose .3 and seed 41 .1
+        rate, seed = trial.settings["train.learning_rate"], trial.settings["seed"]
+        trial.result = result({(0.1, 40): 0.1, (0.1, 41): 0.9, (0.2, 40): 0.7, (0.2, 41): 0.8, (0.3, 40): 0.8}.get(
+            (rate, seed), 0.5))  # fmt: skip
+    assert len(run.needs) == 6 and sweep_plan.final(run.settings["train.learning_rate"], run) == 0.2
+
+
 def test_a_run_may_use_the_directory_of_another():
     pattern = {"run_with": {"method": "increlora"}}
     blocks = [{"task": "rte", "seed": [1, 2], "method": "static_pattern", "method.pattern": pattern}]
@@ -151,6 +163,7 @@ BAD = {
     "best_of without seed": ("about: x\nruns: [{a: {best_of: [1, 2], split: dev}}]\n", f"a: {DEPENDS}"),
     "best_of without split": ("about: x\nruns: [{a: [1, {best_of: [1, 2], seed: 1}]}]\n", f"a: {DEPENDS}"),
     "best_of one value": ("about: x\ncommon: {a: {best_of: 1, split: dev, seed: 1}}\nruns: []\n", f"a: {DEPENDS}"),
+    "best_of no seed": ("about: x\ncommon: {a: {best_of: [1], split: dev, seed: []}}\nruns: []\n", f"a: {DEPENDS}"),
     "best_of nothing": ("about: x\ncommon: {a: {best_of: [], split: dev, seed: 1}}\nruns: []\n", f"a: {DEPENDS}"),
     "run_with words": ("about: x\nwhere: {b=1: {a: {run_with: method=lora}}}\nruns: []\n", f"a: {DEPENDS}"),
     "neither of them": ("about: x\nruns: [{a: {best: [1, 2]}}]\n", f"a: {DEPENDS}"),
