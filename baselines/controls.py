@@ -1,12 +1,15 @@
-"""Controls for claims about allocation: IncreLoRA with matrices drawn at random, or with ranks fixed beforehand.
+"""Controls for claims about allocation: IncreLoRA whose matrices are drawn, permuted, or given their ranks beforehand.
 
-The fourth control, `uniform`, is IncreLoRA with init_rank = target_rank and needs no code.
+One more control, `uniform`, is IncreLoRA with init_rank = target_rank and needs no code.
 """
 
 import hashlib
+import itertools
 import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,20 +23,77 @@ RESULT_FILE = "result.json"
 
 @dataclass
 class RandomGrowth(IncreLoRA):
-    """IncreLoRA's schedule, but the matrices that grow are drawn at random; no importance is computed."""
+    """IncreLoRA's schedule, but the matrices that grow are drawn at random; no importance is computed.
+
+    Args:
+        keyed_by: what the draws depend on beside the seed, e.g. the task, or one seed draws the same for all tasks.
+    """
 
     name: str = "random_growth"
+    keyed_by: str = ""
 
     def begin_step(self, step: int, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
         """Nothing is scored, so no gradient is watched."""
 
     def deciding_scores(self, step: int) -> dict[str, float]:
         # keyed by the step, so that a resumed run draws the same
-        drawn = torch.rand(len(self.linears), generator=stream(self.seed, "random_growth", step))
+        drawn = torch.rand(len(self.linears), generator=stream(self.seed, "random_growth", self.keyed_by, step))
         return dict(zip(self.linears, drawn.tolist(), strict=True))
 
     def scores(self) -> dict[str, float]:
         return {}
+
+
+@dataclass
+class PermutedGrowth(RandomGrowth):
+    """The growths of a finished IncreLoRA run at their steps, but on other matrices of the same shape.
+
+    One permutation, drawn within every shape, serves the whole run. So ranks end as concentrated as IncreLoRA's and
+    cost as many parameters; only the place is another.
+
+    Args:
+        pattern: the result file of that run, or its directory. Its growths must fit this run's schedule.
+    """
+
+    name: str = "permuted_growth"
+    pattern: str | None = None
+
+    def adapted_matrices(self, model: nn.Module) -> dict[str, nn.Linear]:
+        matrices = super().adapted_matrices(model)
+        growths = read_growths(self.pattern)
+        check_names(self.pattern, {name for added in growths.values() for name in added}, matrices, all_of_them=False)
+        place = self.places(matrices)
+        self.growths = {step: {place[name]: by for name, by in added.items()} for step, added in growths.items()}
+        return matrices
+
+    def prepare(self, model: nn.Module, total_steps: int) -> None:
+        super().prepare(model, total_steps)
+        steps = [0, *self.growths]
+        ranks = itertools.accumulate([self.total_rank, *(sum(added.values()) for added in self.growths.values())])
+        reached, planned = dict(zip(steps, ranks, strict=True)), self.planned_ranks()
+        if reached != planned:
+            raise UserError(
+                f"method.pattern={self.pattern} has the total rank {reached} (step: rank), this run plans {planned}. "
+                "Use the result of a finished run with the same budget and schedule of growth."
+            )
+
+    def inputs(self) -> dict[str, str]:
+        return {"pattern": digest(read_growths(self.pattern))}
+
+    def places(self, matrices: dict[str, nn.Linear]) -> dict[str, str]:
+        """Matrix -> the matrix of the same shape that grows in its place, a permutation."""
+        by_shape: dict[torch.Size, list[str]] = {}
+        for name, matrix in matrices.items():
+            by_shape.setdefault(matrix.weight.shape, []).append(name)
+        places: dict[str, str] = {}
+        for shape, names in by_shape.items():
+            drawn = stream(self.seed, "permuted_growth", self.keyed_by, *shape)
+            order = torch.randperm(len(names), generator=drawn).tolist()
+            places |= {name: names[i] for name, i in zip(names, order, strict=True)}
+        return places
+
+    def deciding_scores(self, step: int) -> dict[str, float]:
+        return {name: float(self.growths[step].get(name, 0)) for name in self.linears}
 
 
 @dataclass
@@ -54,8 +114,7 @@ class StaticPattern(IncreLoRA):
         return {name: matrix for name, matrix in matrices.items() if self.pattern_ranks[name]}
 
     def inputs(self) -> dict[str, str]:
-        ranks = json.dumps(sorted(read_ranks(self.pattern).items()))
-        return {"pattern": hashlib.sha256(ranks.encode()).hexdigest()}
+        return {"pattern": digest(sorted(read_ranks(self.pattern).items()))}
 
     def deal(self, ranks: dict[str, int]) -> dict[str, int]:
         """The rank of every matrix, in model order, from those of the finished run."""
@@ -68,12 +127,7 @@ class StaticPattern(IncreLoRA):
         return dict.fromkeys(self.pattern_ranks, 0) | super().ranks()
 
     def _checked(self, ranks: dict[str, int], matrices: list[str]) -> dict[str, int]:
-        if set(ranks) != set(matrices):
-            odd = sorted(set(ranks) ^ set(matrices))
-            raise UserError(
-                f"method.pattern={self.pattern} has ranks of {len(ranks)} matrices, this model has {len(matrices)}; "
-                f"they differ in {len(odd)}, e.g. {odd[0]}. Use the result of a run with this backbone."
-            )
+        check_names(self.pattern, ranks, matrices)
         if sum(ranks.values()) != self.target_rank * len(matrices):
             raise UserError(
                 f"method.pattern={self.pattern} has a total rank of {sum(ranks.values())}, the budget is "
@@ -95,21 +149,59 @@ class ShuffledPattern(StaticPattern):
         return {name: values[i] for name, i in zip(ranks, order, strict=True)}
 
 
+# the finished run
+
+
+def check_names(
+    pattern: str | None, named: Collection[str], matrices: Collection[str], all_of_them: bool = True
+) -> None:
+    """Refuse a finished run of another model.
+
+    Args:
+        named: the matrices that the run names; with `all_of_them` it must name every one of `matrices`.
+    """
+    odd = sorted(set(named) ^ set(matrices) if all_of_them else set(named) - set(matrices))
+    if odd:
+        raise UserError(
+            f"method.pattern={pattern} has ranks of {len(named)} matrices, this model has {len(matrices)}; "
+            f"they differ in {len(odd)}, e.g. {odd[0]}. Use the result of a run with this backbone."
+        )
+
+
+def digest(content: Any) -> str:
+    """sha256 (hex) of content that JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def read_ranks(pattern: str | None) -> dict[str, int]:
     """The final ranks in a result file (or in the directory that holds it), by matrix.
 
     Raises:
         UserError: there is no such file, or it is not the result of a finished run with ranks.
     """
+    return read(pattern, lambda result: result["ranks"].get("last"))
+
+
+def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
+    """Step -> matrix -> ranks gained, in a result file or in the directory that holds it.
+
+    Raises:
+        UserError: there is no such file, or it is not the result of a finished run that grew.
+    """
+    return read(pattern, lambda result: {growth["step"]: growth["added"] for growth in result["allocations"]})
+
+
+def read(pattern: str | None, wanted: Callable[[Any], Any]) -> Any:
+    """What is wanted of a finished run's result."""
     if pattern is None:
         raise UserError("method.pattern is missing: method.pattern=PATH of a finished run's result file or directory")
     path = Path(pattern).expanduser()
     path = path / RESULT_FILE if path.is_dir() else path
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        status, ranks = result["status"], result["ranks"].get("last")
+        status, found = result["status"], wanted(result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"method.pattern: cannot read ranks from {path}: {error or type(error).__name__}") from None
-    if status != "finished" or not ranks:
+    if status != "finished" or not found:
         raise UserError(f"method.pattern: {path} is no finished run with ranks (status {status})")
-    return ranks
+    return found

@@ -23,6 +23,7 @@ LOOKS = {
     "full": Look("full fine-tuning", "#000000", "D"),
     "uniform": Look("uniform ranks", "#332288", "h"),
     "random_growth": Look("random growth", "#882255", "p"),
+    "permuted_growth": Look("permuted growth", "#44AA99", "H"),
     "static_pattern": Look("static pattern", "#999933", "*"),
     "shuffled_pattern": Look("shuffled pattern", "#777777", "d"),
 }

@@ -115,6 +115,20 @@ def _base_digest(node: str) -> str | None:
     return build(OmegaConf.create(json.loads(node))).digest()
 
 
+def read_study(name: str) -> dict[str, Any]:
+    """What a file of configs/study says.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = CONFIGS / "study" / f"{name}.yaml"
+    if not path.exists():
+        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
+        raise UserError(f"there is no study '{name}'; there is: {there}")
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return content
+
+
 def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
     """`run_dir`, or the directory that says what the run is."""
     if cfg.run_dir:

@@ -3,17 +3,21 @@
 A sweep file says what runs there are:
 
     common:   overrides of every run
-    where:    overrides of the runs that have an override, e.g. `method=lora: {method.dropout: 0.0}`
-    runs:     blocks of override -> value or list of values; a block is their product, its first key slowest
+    where:    overrides of the runs that have an override, e.g. `method=lora: {method.dropout: 0.0}`, or several,
+              `method=lora task=rte: {...}`; the last that fits decides
+    runs:     blocks of override -> value or list of values; a block is their product, its first key slowest;
+              what a block says beats common and where
 
 A value may depend on other runs, which then run first:
 
-    {best_of: [VALUES], split: SPLIT, seed: K}    the value whose run with seed K ended best on that split
+    {best_of: [VALUES], split: SPLIT, seed: K}    the value whose run with seed K ended best on that split;
+                                               seed: [K, L] takes the mean over several seeds
     {run_with: {OVERRIDE: VALUE}}              the directory of the same run with other overrides
 """
 
 import itertools
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +40,10 @@ REFUSED = {
 
 @dataclass
 class Run:
-    """One run of the sweep: its overrides, the runs that they depend on, and where it stands."""
+    """One run of the sweep: its overrides, the runs that they depend on by override, and where it stands."""
 
     settings: dict[str, Any]
-    needs: list["Run"] = field(default_factory=list)
+    sources: dict[str, list["Run"]] = field(default_factory=dict)
     state: str = "waiting"  # running, finished, failed, stopped
     overrides: list[str] = field(default_factory=list)  # once everything it needs is finished
     directory: Path = Path()
@@ -57,6 +61,11 @@ class Run:
         }
         words = [str(value) for value in told.values() if value is not None and not isinstance(value, dict)]
         return " ".join([*words, f"seed {self.settings.get('seed', 'by default')}"])
+
+    @property
+    def needs(self) -> list["Run"]:
+        """The runs that must finish first."""
+        return [run for runs in self.sources.values() for run in runs]
 
     @property
     def log(self) -> Path:
@@ -115,7 +124,7 @@ def check(sweep: Mapping[str, Any], path: Path) -> None:
 def dependent(value: Mapping[str, Any]) -> bool:
     """Whether a value says which other runs it depends on."""
     if set(value) == {"best_of", "split", "seed"}:
-        return isinstance(value["best_of"], list) and bool(value["best_of"])
+        return isinstance(value["best_of"], list) and bool(value["best_of"]) and value["seed"] != []
     return set(value) == {"run_with"} and isinstance(value["run_with"], dict)
 
 
@@ -163,20 +172,22 @@ def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Map
     """
     runs: dict[str, Run] = {}
 
-    def add(settings: dict[str, Any]) -> Run:
+    def add(own: dict[str, Any]) -> Run:
+        settings = {**sweep.get("common", {}), **where(sweep, own), **own, **extra}
         for name, value in settings.items():
             if reason := REFUSED.get(str(name).lstrip("+~")):
                 raise UserError(f"{name}={value}: {reason}")
         key = json.dumps(settings, sort_keys=True)
         if key not in runs:
-            needs = [add(other) for value in settings.values() for other in needed(settings, value)]
-            runs[key] = Run(settings, needs)
+            undecided = {name: value for name, value in settings.items() if isinstance(value, dict)}
+            sources = {name: [add(other) for other in needed(own, name, value)] for name, value in undecided.items()}
+            runs[key] = Run(settings, sources)
         return runs[key]
 
     for block in sweep["runs"]:
         for settings in product(block):
             if all(str(settings[key]) in values for key, values in chosen.items() if key in settings):
-                add({**sweep.get("common", {}), **settings, **where(sweep, settings), **extra})
+                add(settings)
     return list(runs.values())
 
 
@@ -192,38 +203,44 @@ def where(sweep: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
     matching = (
         overrides
         for condition, overrides in sweep.get("where", {}).items()
-        if str(settings.get(condition.partition("=")[0])) == condition.partition("=")[2]
+        if all(str(settings.get(key)) == value for key, _, value in (c.partition("=") for c in condition.split()))
     )
     return {key: value for overrides in matching for key, value in overrides.items()}
 
 
-def needed(settings: Mapping[str, Any], value: Any) -> list[dict[str, Any]]:
-    """The settings of the runs that a value depends on."""
-    if not isinstance(value, dict):
-        return []
-    key = next(key for key, other in settings.items() if other is value)
+def needed(own: Mapping[str, Any], name: str, value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What tells the runs that the value of an override depends on from others, as a block would say it.
+
+    Args:
+        own: the same of the run that has the value.
+    """
     if "best_of" in value:
-        return [{**settings, key: candidate, "seed": value["seed"]} for candidate in value["best_of"]]
-    own = {name for name in settings if name != key}
-    return [{**{name: settings[name] for name in own}, **value["run_with"]}]
+        return [{**own, name: candidate, "seed": k} for candidate in value["best_of"] for k in trial_seeds(value)]
+    return [{**{key: own[key] for key in own if key != name}, **value["run_with"]}]
+
+
+def trial_seeds(value: Mapping[str, Any]) -> list[int]:
+    """The seeds whose runs choose a value."""
+    return value["seed"] if isinstance(value["seed"], list) else [value["seed"]]
 
 
 def resolve(run: Run) -> None:
     """Work out overrides and directory of a run whose needs are finished."""
-    values = {key: final(value, run) if isinstance(value, dict) else value for key, value in run.settings.items()}
+    values = {name: final(run, name) if name in run.sources else value for name, value in run.settings.items()}
     run.overrides = [f"{key}={quoted(value)}" for key, value in values.items()]
     cfg = config.load(run.overrides)
     run.directory = config.run_directory(cfg, config.identity(cfg, run.overrides))
 
 
-def final(value: Mapping[str, Any], run: Run) -> Any:
-    """A value that depends on other runs."""
-    if "best_of" in value:
-        trials = [other for other in run.needs if other.settings["seed"] == value["seed"]]
-        scores = [result_files.last_score(trial.result, value["split"]) for trial in trials]
-        return value["best_of"][scores.index(max(scores))]
-    with_others = {**run.settings, **value["run_with"]}
-    return next(other.directory for other in run.needs if other.settings.items() <= with_others.items())
+def final(run: Run, name: str) -> Any:
+    """The value of an override that depends on other runs."""
+    value, sources = run.settings[name], run.sources[name]
+    if "run_with" in value:
+        return sources[0].directory
+    scores: dict[Any, list[float]] = {candidate: [] for candidate in value["best_of"]}
+    for trial in sources:
+        scores[trial.settings[name]].append(result_files.last_score(trial.result, value["split"]))
+    return max(scores, key=lambda candidate: statistics.fmean(scores[candidate]))  # the first of equals
 
 
 def quoted(value: Any) -> str:

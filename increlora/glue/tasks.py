@@ -39,6 +39,10 @@ class Examples:
         """The examples at `indices`, in that order."""
         return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.skipped)
 
+    def joined(self, other: "Examples") -> "Examples":
+        """These examples, then the others."""
+        return Examples([*self.texts, *other.texts], [*self.labels, *other.labels], self.skipped + other.skipped)
+
 
 @dataclass
 class Split:
@@ -63,7 +67,8 @@ class TaskData:
     """The tokenised splits of a run, and where they come from.
 
     Args:
-        evaluation: by name, in order; the first is the primary split. `holdout` is there if asked for.
+        evaluation: by name, in order; the first is the primary split. `holdout` and `dev+holdout` are there if asked
+            for.
         source: `nyu-mll/glue@<revision>`, the folder, or `synthetic`.
         sizes: examples per split as used.
         fingerprint: sha256 over texts and labels of the source, before `train_fraction` and `holdout`,
@@ -104,6 +109,7 @@ class Task:
         folder: name of the task's folder in the public GLUE archive.
         train_examples: published size of train, to plan with (scripts/describe.py); the data has the last word.
         holdout: share of train held out as the split `holdout`.
+        joint: score the first of `dev` and `holdout` as one split too, named `dev+holdout`: more examples, less noise.
         train_fraction: share of train used at all; drawn before `holdout`, smaller shares are subsets.
         seed: of the choice of `holdout` and `train_fraction`, of nothing else.
 
@@ -129,6 +135,7 @@ class Task:
     holdout: float = 0.0
     train_fraction: float = 1.0
     seed: int = 0
+    joint: bool = False
 
     def __post_init__(self) -> None:
         self.primary = [self.primary] if isinstance(self.primary, str) else list(self.primary)
@@ -136,6 +143,8 @@ class Task:
         self._check_metrics()
         if not 0 <= self.holdout < 1:
             raise UserError(f"task.holdout={self.holdout}: a share of train, at least 0 and below 1")
+        if self.joint and not self.holdout:
+            raise UserError("task.joint=true scores dev and held-out examples as one split: set task.holdout, e.g. 0.1")
         if not 0 < self.train_fraction <= 1:
             raise UserError(f"task.train_fraction={self.train_fraction}: a share of train, above 0 and at most 1")
 
@@ -299,12 +308,16 @@ class Task:
         return score
 
     def _choose(self, splits: Mapping[str, Examples]) -> dict[str, Examples]:
-        """The splits to use: train thinned to `train_fraction`, then parted from `holdout`."""
+        """The splits to use: train thinned to `train_fraction`, then parted from `holdout`; and the joint split."""
         train = splits["train"]
         drawn = self._draw("train_fraction", range(len(train.texts)), self.train_fraction)
         held = self._draw("holdout", drawn, self.holdout)
         chosen = dict(splits) | {"train": train.select(sorted(set(drawn) - set(held)))}
-        return chosen | ({"holdout": train.select(held)} if held else {})
+        if held:
+            chosen["holdout"] = train.select(held)
+        if self.joint:
+            chosen[f"{self.dev[0]}+holdout"] = chosen[self.dev[0]].joined(chosen["holdout"])
+        return chosen
 
     def _draw(self, purpose: str, indices: Sequence[int], share: float) -> list[int]:
         """A share of `indices`, sorted; at least one unless the share is 0, and never all unless it is 1."""

@@ -13,7 +13,7 @@ from torch import nn
 from baselines.adalora import AdaLoRA
 from baselines.adapters import Adapter, Adapters
 from baselines.bitfit import BitFit
-from baselines.controls import RESULT_FILE, RandomGrowth, ShuffledPattern, StaticPattern
+from baselines.controls import RESULT_FILE, PermutedGrowth, RandomGrowth, ShuffledPattern, StaticPattern
 from baselines.lora import LoRA
 from increlora import result_files
 from increlora.errors import UserError
@@ -260,8 +260,10 @@ def test_adapters_refuse_what_cannot_work(changes):
 # controls
 
 
-def grown(model, seed: int) -> RandomGrowth:
-    method = RandomGrowth(kinds=TINY_KINDS, target_rank=2, top_h=5, interval=5, init_warmup=5, seed=seed)
+def grown(model, seed: int, keyed_by: str = "") -> RandomGrowth:
+    method = RandomGrowth(
+        kinds=TINY_KINDS, target_rank=2, top_h=5, interval=5, init_warmup=5, seed=seed, keyed_by=keyed_by
+    )
     go(model, method, start(model, method), range(STEPS))
     return method
 
@@ -272,6 +274,8 @@ def test_random_growth_ends_at_the_budget_scores_nothing_and_depends_on_the_seed
         assert sum(method.ranks().values()) == 24 and [x.step for x in method.allocations] == [10, 15, 20]
         assert not method.watchers and not method.scores()
     assert a.ranks() == again.ranks() != b.ranks()
+    one, other = (grown(copy.deepcopy(tiny_deberta), 1, task) for task in ("stsb", "mrpc"))
+    assert one.ranks() != other.ranks()
 
 
 def finished(folder, model, ranks=None, status="finished") -> str:
@@ -279,6 +283,54 @@ def finished(folder, model, ranks=None, status="finished") -> str:
     ranks = dict(zip(names, ranks or [5, 1, 1, 1, 2, 2, 3, 1, 1, 1, 2, 4], strict=True))
     (folder / RESULT_FILE).write_text(json.dumps({"status": status, "ranks": {"start": {}, "last": ranks}}))
     return str(folder)
+
+
+def grown_run(folder, model, growths: dict[int, list[int]]) -> str:
+    """A result file by hand: step -> positions of the matrices that grow by one rank."""
+    names = list(RandomGrowth(kinds=TINY_KINDS).adapted_matrices(model))
+    added = [{"step": step, "added": {names[i]: 1 for i in grow}, "scores": {}} for step, grow in growths.items()]
+    (folder / RESULT_FILE).write_text(json.dumps({"status": "finished", "ranks": {}, "allocations": added}))
+    return str(folder)
+
+
+def histories(model, growths) -> dict[str, tuple[int, ...]]:
+    """Matrix -> the steps at which it grew."""
+    names = list(RandomGrowth(kinds=TINY_KINDS).adapted_matrices(model))
+    return {name: tuple(step for step, added in growths if added.get(name)) for name in names}
+
+
+def test_permuted_growth_keeps_steps_and_concentration_and_changes_the_place(tiny_deberta, tmp_path):
+    growths = {10: [0, 1, 4, 5, 11], 15: [0, 4, 5, 10, 11], 20: [0, 5]}  # 0 to 3, 6 to 9: squares; 4, 10 and 5, 11 not
+    pattern = grown_run(tmp_path, tiny_deberta, growths)
+    given = json.loads((tmp_path / RESULT_FILE).read_text())["allocations"]
+    before = histories(tiny_deberta, [(growth["step"], growth["added"]) for growth in given])
+    shapes = {name: tuple(tiny_deberta.get_submodule(name).weight.shape) for name in before}
+    found = []
+    for seed, task in ((1, "stsb"), (1, "stsb"), (2, "stsb"), (1, "mrpc")):
+        model = copy.deepcopy(tiny_deberta)
+        settings = dict(kinds=TINY_KINDS, target_rank=2, top_h=5, interval=5, init_warmup=5)
+        method = PermutedGrowth(**settings, seed=seed, keyed_by=task, pattern=pattern)
+        go(model, method, start(model, method), range(STEPS))
+        after = histories(tiny_deberta, [(growth.step, growth.added) for growth in method.allocations])
+        assert method.ranks() == {name: 1 + len(steps) for name, steps in after.items()} and not method.scores()
+        assert Counter((shapes[n], after[n]) for n in after) == Counter((shapes[n], before[n]) for n in before)
+        found.append(after)
+    assert found[0] == found[1] and before not in found and found[2] != found[0] != found[3] != found[2]
+
+
+def test_growths_that_do_not_fit_are_refused(tiny_deberta, tmp_path):
+    def said(growths, **changes) -> str:
+        pattern = grown_run(tmp_path, tiny_deberta, growths)
+        given = dict(kinds=TINY_KINDS, target_rank=2, top_h=5, interval=5, init_warmup=5, pattern=pattern)
+        with pytest.raises(UserError) as error:
+            PermutedGrowth(**(given | changes)).prepare(copy.deepcopy(tiny_deberta), STEPS)
+        return str(error.value)
+
+    fits = {10: [0, 1, 2, 3, 4], 15: [0, 1, 2, 3, 4], 20: [0, 1]}
+    assert "rank {0: 12, 10: 17, 15: 22, 20: 24}" in said(fits, top_h=4)
+    assert "this run plans {0: 12, 6: 17, 12: 22, 18: 24}" in said(fits, interval=6, init_warmup=1)
+    assert "12 matrices" not in said({}) and "is no finished run with ranks" in said({})
+    assert "this model has 2" in said(fits, matrices=["query"])
 
 
 def fixed(kind, pattern, **changes):

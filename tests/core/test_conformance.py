@@ -80,12 +80,14 @@ def run(cfg) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory) -> str:
-    """A result file with ranks that sum to the budget, for the methods that need one."""
+    """A result file for the methods that need one: its ranks sum to the budget, its growths fit the schedule."""
     model = config.build(config.load(SMALL).backbone).model(2)
     names = list(surgery.find_matrices(model, TINY_KINDS))
     folder = tmp_path_factory.mktemp("finished")
     ranks = dict(zip(names, [1, 3, 2, 2, 1, 3, 4, 1, 2, 2, 1, 2], strict=True))
-    (folder / "result.json").write_text(json.dumps({"status": "finished", "ranks": {"last": ranks}}))
+    growths = [{"step": step, "added": dict.fromkeys(names[step // 4 - 2 :: 4], 1)} for step in (8, 12, 16, 20)]
+    result = {"status": "finished", "ranks": {"last": ranks}, "allocations": growths}
+    (folder / "result.json").write_text(json.dumps(result))
     return str(folder)
 
 
@@ -238,7 +240,8 @@ def test_metrics_are_numbers_under_known_keys(done):
 
 def test_frozen_weights_held_in_bf16_change_no_bit(done, pattern, monkeypatch):
     """Autocast rounds them in every use; here they are rounded once, with the same losses, scores and weights."""
-    cfg = compose(done.cfg.method.name, pattern, "precision=bf16", "train.max_steps=12")
+    growth = ["method.top_h=3"] if "top_h" in done.cfg.method else []  # as in the longer run, which a pattern fits
+    cfg = compose(done.cfg.method.name, pattern, "precision=bf16", "train.max_steps=24", *growth)
     held = run(cfg)
     monkeypatch.setattr(surgery, "hold_frozen_layers_in", lambda model, dtype: None)
     cast = run(cfg)

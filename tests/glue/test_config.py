@@ -99,7 +99,7 @@ def test_long_or_odd_overrides_give_a_short_distinct_directory():
         (["task=rtee"], "Could not find 'task/rtee'\nthere is: cola, mnli"),
         (["method=foo"], "there is: "),
         (["backbone=foo"], "deberta_v3_base"),
-        (["budget=r3"], "r12, r16, r2, r24, r4, r8"),
+        (["budget=r3"], "r1, r12, r16, r2, r24, r4, r8"),
         (["method.rank=3"], "Could not override 'method.rank'"),
         (["train.learning_rat=1"], "`python run.py --cfg job` shows every key"),
         (["task=a=b=c"], "'task=a=b=c' cannot be read: a value that holds = ,"),

@@ -90,10 +90,10 @@ def test_adalora_recipes_say_what_its_paper_says(task, budget):
 
 @pytest.mark.parametrize("task", GLUE)
 def test_controls_share_every_setting_with_increlora_but_what_they_control(task):
-    own = {"_target_", "name", "init_rank", "pattern"}
+    own = {"_target_", "name", "init_rank", "pattern", "keyed_by"}
     for budget in ("r2", "r8"):
         ours = config.resolved(composed("increlora", budget, task))
-        for method in ("uniform", "random_growth", "static_pattern", "shuffled_pattern"):
+        for method in ("uniform", "random_growth", "permuted_growth", "static_pattern", "shuffled_pattern"):
             theirs = config.resolved(composed(method, budget, task))
             assert theirs["train"] == ours["train"] and theirs["task"] == ours["task"]
             shared = {key: value for key, value in theirs["method"].items() if key not in own}

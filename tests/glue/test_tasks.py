@@ -390,6 +390,15 @@ def test_holdout_is_tokenised_with_its_labels(tmp_path, words):
     assert len(data.evaluation["holdout"].labels) == len(data.evaluation["holdout"]) == 15
 
 
+def test_dev_and_held_out_examples_are_one_split_too(tmp_path, words):
+    data = task_of("rte", data_dir=write(tmp_path, rte_files(train=many())), holdout=0.25, joint=True).load(words)
+    dev, held, both = data.evaluation.values()
+    assert list(data.evaluation) == ["dev", "holdout", "dev+holdout"] and data.sizes["dev+holdout"] == 1 + 15
+    assert both.input_ids == dev.input_ids + held.input_ids and both.labels == dev.labels + held.labels
+    with pytest.raises(UserError, match=r"^task\.joint=true .*: set task\.holdout"):
+        task_of("rte", joint=True)
+
+
 def test_truncation_is_counted_and_cuts_the_longer_text(tmp_path, words):
     train = PAIR_HEADER + row("0", "a b c d e f", "g h", "entailment") + row("1", "a b c", "g h", "entailment")
     data = task_of("rte", data_dir=write(tmp_path, rte_files(train=train)), max_length=8).load(words)

@@ -80,7 +80,19 @@ def test_the_best_trial_is_the_best_at_its_end(scores, best):
     )
     for trial, score in zip(run.needs, scores, strict=True):
         trial.result = result(score, "diverged" if score == 0.9 else "finished")  # one that diverged is never best
-    assert sweep_plan.final(BEST, run) == best
+    assert sweep_plan.final(run, "train.learning_rate") == best
+
+
+def test_a_value_may_be_chosen_by_the_mean_over_seeds():
+    study = {**STUDY, "common": {"train.learning_rate": BEST | {"seed": [40, 41]}}}
+    (run,) = (
+        run for run in sweep_plan.expand(study, {"task": ["rte"], "seed": ["1"], "method": ["lora"]}, {}) if run.needs
+    )
+    for trial in run.needs:  # rates .1, .2, .3; alone, seed 40 would choose .3 and seed 41 .1
+        rate, seed = trial.settings["train.learning_rate"], trial.settings["seed"]
+        trial.result = result({(0.1, 40): 0.1, (0.1, 41): 0.9, (0.2, 40): 0.7, (0.2, 41): 0.8, (0.3, 40): 0.8}.get(
+            (rate, seed), 0.5))  # fmt: skip
+    assert len(run.needs) == 6 and sweep_plan.final(run, "train.learning_rate") == 0.2
 
 
 def test_a_run_may_use_the_directory_of_another():
@@ -96,6 +108,28 @@ def test_a_run_may_use_the_directory_of_another():
         sweep_plan.resolve(run)
         assert run.overrides[-1] == f"method.pattern={need.directory}" and need.directory.parts[-2:][0] == "rte"
         assert config.load(run.overrides).method.pattern == str(need.directory)
+
+
+def test_a_run_that_depends_on_another_method_has_what_the_sweep_says_of_that_method():
+    where = {
+        "method=increlora": {"method.top_h": 3, "method.orth_weight": 0.3},
+        "method=permuted_growth": {"method.top_h": 3, "method.pattern": {"run_with": {"method": "increlora"}}},
+        "method=increlora task=rte": {"method.top_h": 5},
+    }
+    block = {"task": ["cola", "rte"], "seed": 1, "method": ["increlora", "permuted_growth"]}
+    runs = sweep_plan.expand(
+        {"about": "", "common": {"train.learning_rate": BEST}, "where": where, "runs": [block]}, {}, {}
+    )
+    assert len(runs) == 4 + 2 * 2 * 3  # a permuted growth uses the growth of the same seed and rate
+    for run in runs:
+        told = run.settings
+        assert told["method.top_h"] == (5 if (told["method"], told["task"]) == ("increlora", "rte") else 3)
+        for need in run.sources.get("method.pattern", []):
+            same = ("task", "seed", "train.learning_rate")
+            assert need.settings["method"] == "increlora" and all(need.settings[k] == told[k] for k in same)
+    written = [{"seed": 1, "method": "increlora", "method.orth_weight": [0.0, 0.3]}]
+    found = sweep_plan.expand({"about": "", "where": where, "runs": written}, {}, {})
+    assert [run.settings["method.orth_weight"] for run in found] == [0.0, 0.3]  # a block says it
 
 
 def test_values_as_hydra_reads_them():
@@ -115,7 +149,17 @@ def test_the_time_left_is_that_of_finished_runs_like_it():
     assert queue.counts() == "1/3 (10 s left)"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda p: p.stem)
+SWEEPS = [
+    pytest.param(
+        path, id=path.stem, marks=pytest.mark.xfail(strict=True, reason="configs/backbone has no mpnet_base yet")
+    )
+    if path.stem == "study_b"
+    else pytest.param(path, id=path.stem)
+    for path in sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", SWEEPS)
 def test_every_run_of_every_sweep_composes(path):
     described = sweep_plan.read_sweep(path.stem)
     assert path.read_text().startswith(f"# python scripts/sweep.py {path.stem}") and described["about"]
@@ -151,6 +195,7 @@ BAD = {
     "best_of without seed": ("about: x\nruns: [{a: {best_of: [1, 2], split: dev}}]\n", f"a: {DEPENDS}"),
     "best_of without split": ("about: x\nruns: [{a: [1, {best_of: [1, 2], seed: 1}]}]\n", f"a: {DEPENDS}"),
     "best_of one value": ("about: x\ncommon: {a: {best_of: 1, split: dev, seed: 1}}\nruns: []\n", f"a: {DEPENDS}"),
+    "best_of no seed": ("about: x\ncommon: {a: {best_of: [1], split: dev, seed: []}}\nruns: []\n", f"a: {DEPENDS}"),
     "best_of nothing": ("about: x\ncommon: {a: {best_of: [], split: dev, seed: 1}}\nruns: []\n", f"a: {DEPENDS}"),
     "run_with words": ("about: x\nwhere: {b=1: {a: {run_with: method=lora}}}\nruns: []\n", f"a: {DEPENDS}"),
     "neither of them": ("about: x\nruns: [{a: {best: [1, 2]}}]\n", f"a: {DEPENDS}"),

@@ -1,0 +1,141 @@
+"""What a study says from its result files alone, and which runs it asks for next; the simulation of its rule."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from increlora.analysis.sequential import HELPS, HURTS, SAME, Plan
+from increlora.errors import UserError
+from increlora.glue import config, sweep_plan
+
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+decision, simulation = script("study_decision"), script("simulate_rule")
+PLAN = Plan(
+    about="a test", experiment="trial", method="increlora", controls=["random_growth", "uniform"], split="dev+holdout",
+    seeds={"stsb": 30, "mrpc": 18}, first_seed=47, tuning_seeds=[45, 46], expected_sd={"stsb": [0.1], "mrpc": [0.1]},
+    standard_error=1.0, most=1.0, margin=0.3,
+)  # fmt: skip
+
+
+def write(folder: Path, task: str, method: str, seed: int, score: float, rate: float = 1e-3, **changes) -> None:
+    run = {
+        "run": {"task": task, "method": method, "seed": seed, "overrides": ["experiment=trial"]},
+        "config": {"train": {"learning_rate": rate}},
+        "scores": {"last": {"score": 0.1, "metrics": {"dev": {"score": 0.1}, "dev+holdout": {"score": score}}}},
+    }
+    path = folder / f"{task}-{method}-{rate}" / f"seed{seed}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(run | changes))
+
+
+def study(folder: Path, better: dict[str, float], seeds: range) -> None:
+    """Runs of all methods: IncreLoRA is better than a control by so many points, with an SD of .3."""
+    random = np.random.default_rng(0)
+    for task in PLAN.seeds:
+        for seed in (45, 46, *seeds):
+            for rate in (1e-3, 3e-3) if seed < 47 else (3e-3,):
+                ours = 0.8 + 0.02 * random.standard_normal()
+                write(folder, task, "increlora", seed, ours, rate)
+                for control, points in better.items():
+                    noise = 0.3 * random.standard_normal()
+                    write(folder, task, control, seed, ours - (points + noise) / 100, rate)
+
+
+def lines(folder: Path) -> list[str]:
+    return list(decision.report(PLAN, decision.read(PLAN, folder)))
+
+
+def test_before_the_first_run_it_asks_for_the_first_look(tmp_path):
+    assert lines(tmp_path)[1:] == [
+        "pilot: not complete; the runs that choose learning rates are part of the first look",
+        "next:",
+        "python scripts/sweep.py trial task=stsb seed=$(seq -s, 47 56) method=increlora,random_growth,uniform "
+        "task.data_dir=GLUE --jobs 2",
+        "python scripts/sweep.py trial task=mrpc seed=$(seq -s, 47 52) method=increlora,random_growth,uniform "
+        "task.data_dir=GLUE --jobs 2",
+    ]
+
+
+def test_a_look_decides_what_it_can_and_asks_for_the_rest(tmp_path):
+    study(tmp_path, {"random_growth": 1.0, "uniform": 0.2}, range(47, 57))
+    found = lines(tmp_path)
+    assert (
+        "against random_growth: helps, look 1 of 3" in found
+        and "against uniform: not decided yet, look 1 of 3" in found
+    )
+    assert found[found.index("next:") + 1].endswith(
+        "task=stsb seed=$(seq -s, 47 66) method=increlora,uniform task.data_dir=GLUE --jobs 2"
+    )
+    write(tmp_path, "stsb", "random_growth", 57, 0.0, 3e-3)  # what comes after a look does not change it
+    write(tmp_path, "stsb", "increlora", 57, 0.9, 3e-3)
+    assert lines(tmp_path) == found
+    (tmp_path / "mrpc-uniform-0.003" / "seed48.json").unlink()
+    assert "against uniform: no look yet" in lines(tmp_path)
+
+
+def test_a_study_ends_by_its_rule_and_says_what_it_counted(tmp_path):
+    study(tmp_path, {"random_growth": -1.0, "uniform": 0.0}, range(47, 77))
+    write(tmp_path, "mrpc", "lora", 47, 0.5)  # of no comparison
+    found = lines(tmp_path)
+    assert found[-1] == "the study has ended by its rule"
+    assert "against random_growth: hurts, look 1 of 3" in found
+    assert any(line.startswith("against uniform: does not help, look ") for line in found)
+    assert "  pairs more than 10 points apart: none" in found
+
+
+def test_the_mean_and_the_count_of_far_pairs_by_hand(tmp_path):
+    study(tmp_path, {"random_growth": 1.0, "uniform": 0.2}, range(47, 57))
+    for seed in range(47, 57):
+        write(tmp_path, "stsb", "increlora", seed, 0.5 + seed / 1000, 3e-3)
+        write(tmp_path, "stsb", "uniform", seed, 0.5 + seed / 1000 - (0.001 if seed > 47 else 0.2), 3e-3)
+    found = lines(tmp_path)
+    assert any(line.startswith("  stsb: +2.09 [") and line.endswith("10 seeds") for line in found)  # (20 + 9 * .1) / 10
+    assert "  pairs more than 10 points apart: stsb 1" in found
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    write(tmp_path, "stsb", "uniform", 47, 0.5)
+    write(tmp_path, "stsb", "uniform", 47, 0.6, 3e-3)
+    with pytest.raises(UserError, match="stsb uniform has two runs with seed 47"):
+        lines(tmp_path)
+    write(tmp_path / "other", "stsb", "uniform", 47, 0.5, scores={"last": {"metrics": {"dev": {"score": 0.5}}}})
+    with pytest.raises(UserError, match=r"^stsb uniform 47: no score on dev\+holdout"):
+        lines(tmp_path / "other")
+
+
+def test_the_simulation_finds_what_is_there_and_errs_as_rarely_as_the_plan_says():
+    plan = Plan.of(config.read_study("study_a"), "study_a")
+    sd = {"stsb": 0.4, "sst2": 0.5, "mrpc": 0.76}
+    none, _, wrong = simulation.simulate(plan, 0.0, 0.0, sd, 1000, controls=3)
+    assert wrong.any(0).mean() <= 0.05 and np.array_equal(wrong, (none == HELPS) | (none == HURTS))
+    assert np.mean(none == SAME) > 0.9
+    half, look, wrong = simulation.simulate(plan, 0.5, 0.0, sd, 1000)
+    assert np.mean(half == HELPS) > 0.95 and not wrong.any() and set(np.unique(look)) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_is_a_plan_whose_sweep_has_its_runs(path):
+    plan = Plan.of(config.read_study(path.stem), path.stem)
+    described = sweep_plan.read_sweep(plan.experiment)
+    runs = [run for run in sweep_plan.expand(described, {}, {}) if run.settings["seed"] not in plan.tuning_seeds]
+    for task, seeds in plan.seeds.items():
+        wanted = set(range(plan.first_seed, plan.first_seed + int(seeds * plan.most)))
+        for method in (plan.method, *plan.controls):
+            there = {r.settings["seed"] for r in runs if (r.settings["task"], r.settings["method"]) == (task, method)}
+            assert there == wanted
+    assert path.read_text().startswith(f"# python scripts/study_decision.py {path.stem}")
