@@ -31,7 +31,7 @@ quickstart: install
 	@echo "Without a network: backbone.path=DIR (weights and tokenizer) and task.data_dir=DIR (GLUE TSV files)."
 
 test: install
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: lint
 	$(RUN) -m pytest tests/core --quiet --numprocesses 2 --dist loadfile

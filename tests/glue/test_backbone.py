@@ -143,29 +143,28 @@ def assert_published(name: str, backbone: Backbone, model) -> None:
         assert {tuple(matrix.weight.shape) for matrix in found.values()} == {shape}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
+def test_head_is_pooler_and_classifier():
+    for name, expected in [
         ("deberta_v3_base", {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"}),
         ("bert_base", {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}),
         (
             "roberta_base",
             {f"classifier.{part}.{leaf}" for part in ("dense", "out_proj") for leaf in ("weight", "bias")},
         ),
-    ],
-)
-def test_head_is_pooler_and_classifier(name, expected):
-    backbone = small(name)
-    assert set(head_of(backbone.model(3), backbone)) == expected
+    ]:
+        with naming((name, expected)):
+            backbone = small(name)
+            assert set(head_of(backbone.model(3), backbone)) == expected
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_head_dropout_is_the_tasks_and_the_encoders_is_not(name):
-    model = small(name).model(2, head_dropout=0.35)
-    rates = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
-    head = "classifier.dropout" if name == "roberta_base" else "dropout"
-    assert rates.pop(head) == 0.35
-    assert 0.35 not in rates.values() and 0.1 in rates.values()
+def test_head_dropout_is_the_tasks_and_the_encoders_is_not():
+    for name in ARCHITECTURES:
+        with naming(name):
+            model = small(name).model(2, head_dropout=0.35)
+            rates = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+            head = "classifier.dropout" if name == "roberta_base" else "dropout"
+            assert rates.pop(head) == 0.35
+            assert 0.35 not in rates.values() and 0.1 in rates.values()
 
 
 def test_a_kind_that_matches_nothing_lists_what_there_is():
@@ -174,11 +173,12 @@ def test_a_kind_that_matches_nothing_lists_what_there_is():
     refused(lambda: surgery.find_matrices(model, wrong), "query", "bert.encoder.layer.N.attention.self.query")
 
 
-@pytest.mark.parametrize("labels", [1, 2, 3])
-def test_number_of_labels(labels):
-    model = small("tiny", architecture=make("tiny").architecture).model(labels)
-    out = model(input_ids=torch.tensor([[1, 9, 2]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
-    assert out.logits.shape == (1, labels)
+def test_number_of_labels():
+    for labels in [1, 2, 3]:
+        with naming(labels):
+            model = small("tiny", architecture=make("tiny").architecture).model(labels)
+            out = model(input_ids=torch.tensor([[1, 9, 2]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+            assert out.logits.shape == (1, labels)
 
 
 # random streams
@@ -301,27 +301,30 @@ def test_missing_folder_and_files(tmp_path):
     assert "config.json" not in refused(lambda: backbone.model(2), "model.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
-def test_corrupt_weights(content, tmp_path):
-    file = save("bert_base", tmp_path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
+def test_corrupt_weights(tmp_path):
+    for content in [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None]:
+        with naming(content):
+            file = save("bert_base", tmp_path) / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+            refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", None])
-def test_corrupt_pickle(content, tmp_path):
-    save("bert_base", tmp_path)
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:2000] if content is None else content)
-    refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
+def test_corrupt_pickle(tmp_path):
+    for content in [b"", b"not a pickle", None]:
+        with naming(content):
+            save("bert_base", tmp_path)
+            torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+            (tmp_path / "model.safetensors").unlink()
+            file = tmp_path / "pytorch_model.bin"
+            file.write_bytes(file.read_bytes()[:2000] if content is None else content)
+            refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-model"}', '{"hidden_size": 3}'])
-def test_corrupt_config(content, tmp_path):
-    (save("bert_base", tmp_path) / "config.json").write_text(content)
-    refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "config.json")
+def test_corrupt_config(tmp_path):
+    for content in ["", "{", "[]", '{"model_type": "no-such-model"}', '{"hidden_size": 3}']:
+        with naming(content):
+            (save("bert_base", tmp_path) / "config.json").write_text(content)
+            refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "config.json")
 
 
 @pytest.mark.parametrize("name", ["deberta_v3_base", "bert_base"])

@@ -1,6 +1,5 @@
 """scripts/report.py: the page of every committed run read back, odd runs, bad input, and a look at it in a browser."""
 
-import importlib.util
 import itertools
 import json
 import re
@@ -14,7 +13,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
+from in_process import load
 from naming import naming
+from warm_python import python
 
 from increlora import result_files
 from increlora.glue import config
@@ -26,14 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 VOID = {"meta", "br", "rect", "line", "polyline", "circle"}
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load()
+script = load(SCRIPT)
 
 
 class Page(HTMLParser):
@@ -290,28 +284,26 @@ def test_it_is_written_beside_the_result_and_the_same_every_time(tmp_path, monke
     call(monkeypatch, tmp_path)
     assert capsys.readouterr().out.split() == ["report:", str(tmp_path / "result.html")]
     again = tmp_path / "again.html"  # from another process, whose hashes differ
-    subprocess.run([sys.executable, SCRIPT, INCRELORA, "--output", again], check=True, capture_output=True)
+    subprocess.run([python(), SCRIPT, INCRELORA, "--output", again], check=True, capture_output=True)
     assert again.read_bytes() == (tmp_path / "result.html").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_what_is_no_result_is_refused_in_two_lines(tmp_path, monkeypatch, capsys):
+    for content, message in [
         (None, "cannot read the result file"),
         ("{", "cannot read the result file"),
         ("[1]", "is not the result of a run: it has no status, run, code.\nGive a run directory"),
         ('{"run": {}}', "is not the result of a run: it has no status, code, data.\n"),
-    ],
-)
-def test_what_is_no_result_is_refused_in_two_lines(content, message, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "result.json"
-    if content:
-        path.write_text(content)
-    with pytest.raises(SystemExit) as left:
-        call(monkeypatch, tmp_path)
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and message in said and str(path) in said and len(said.splitlines()) <= 2
-    assert not path.with_suffix(".html").exists()
+    ]:
+        with naming((content, message)):
+            path = tmp_path / "result.json"
+            if content:
+                path.write_text(content)
+            with pytest.raises(SystemExit) as left:
+                call(monkeypatch, tmp_path)
+            said = capsys.readouterr().err
+            assert left.value.code == 2 and message in said and str(path) in said and len(said.splitlines()) <= 2
+            assert not path.with_suffix(".html").exists()
 
 
 def test_a_report_that_cannot_be_written_is_said_in_two_lines(tmp_path, monkeypatch, capsys):
