@@ -1,6 +1,7 @@
 # make quickstart   install, then train IncreLoRA on the embedded synthetic task (CPU, 2 to 3 minutes)
 # make test         install, then run the whole test suite
-# make lint         style, format and type checks
+# make check        style, format, types, the tests of the method and of what every method promises: under 90 seconds
+# make lint         style, format and types alone
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +9,7 @@ RUN := $(VENV)/bin/python
 # torch's own threads fight over few cores; one each is faster on the small models here
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint tables parity notebooks docs
+.PHONY: help install quickstart test check lint tables parity notebooks docs
 
 help:
 	@grep -E '^# make' Makefile | cut -c 3-
@@ -30,7 +31,10 @@ quickstart: install
 	@echo "Without a network: backbone.path=DIR (weights and tokenizer) and task.data_dir=DIR (GLUE TSV files)."
 
 test: install
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(RUN) -m pytest tests/core --quiet --numprocesses 2 --dist loadfile
 
 lint: install
 	$(RUN) -m ruff check .

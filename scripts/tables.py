@@ -19,7 +19,7 @@ from increlora import result_files
 from increlora.analysis import selection
 from increlora.analysis.benchmark_table import benchmark_table
 from increlora.analysis.glue_table import glue
-from increlora.analysis.looks import TASKS
+from increlora.analysis.looks import TASKS, position
 from increlora.analysis.study_tables import ablation, learning_rates, study
 from increlora.analysis.tables import Table, best_of_every_metric, runs_table
 
@@ -46,8 +46,9 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
     of_study = selection.of_experiment(runs, "minilm_study")
     if of_study:
         trials = [r for r in of_study if r["run"]["seed"] == selection.TUNING_SEED]
+        names = sorted({r["run"]["task"] for r in of_study}, key=lambda task: position(task, TASKS))
         tasks = {
-            t: selection.by_method(r for r in of_study if r["run"]["task"] == t and r not in trials) for t in TASKS
+            t: selection.by_method(r for r in of_study if r["run"]["task"] == t and r not in trials) for t in names
         }
         found |= study("minilm_study", {task: methods for task, methods in tasks.items() if methods})
         found["minilm_study_learning_rates"] = learning_rates("minilm_study", trials)

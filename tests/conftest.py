@@ -27,6 +27,11 @@ TINY_KINDS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long runs and many processes come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("scripts", "integrations"))
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder with real data beside the project; the test is skipped, with the reason, where it is absent."""

@@ -55,7 +55,8 @@ def _refuse_cut_data(figure: Figure, name: str) -> None:
 def metric(run: Run) -> str:
     """The label of a score axis."""
     primary = run["config"]["task"]["primary"]
-    return METRICS[primary if isinstance(primary, str) else "+".join(primary)]
+    name = primary if isinstance(primary, str) else "+".join(primary)
+    return METRICS.get(name, f"{name} (×100)")
 
 
 def rank_map(run: Run, ranks: Mapping[str, int]) -> tuple[list[int], list[str], NDArray]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from increlora import result_files
-from increlora.analysis.looks import LOOKS, TASKS
+from increlora.analysis.looks import LOOKS, TASKS, position
 from increlora.errors import UserError
 
 RESULTS = Path(os.environ.get("INCRELORA_RESULTS", Path(__file__).resolve().parents[2] / "results"))
@@ -34,15 +34,10 @@ def by_method(runs: Iterable[Run]) -> Runs:
     """Method -> seed -> run, in the order of `LOOKS` and of the seeds.
 
     Raises:
-        UserError: a method has no look, or two runs with one seed: which of them is meant?
+        UserError: two runs with one seed: which of them is meant?
     """
-    runs = list(runs)
-    if unknown := {run["run"]["method"] for run in runs} - set(LOOKS):
-        raise UserError(
-            f"the method '{min(unknown)}' has no color and marker yet: add it to LOOKS in increlora/analysis/looks.py"
-        )
     found: Runs = {}
-    for run in sorted(runs, key=lambda run: (list(LOOKS).index(run["run"]["method"]), run["run"]["seed"])):
+    for run in sorted(runs, key=lambda run: (position(run["run"]["method"], LOOKS), run["run"]["seed"])):
         method, seed = run["run"]["method"], run["run"]["seed"]
         if seed in found.setdefault(method, {}):
             raise UserError(
@@ -89,7 +84,8 @@ def panels(methods: Sequence[str], needed: Collection[str] = (), budget: str = "
     """
     runs = [run for run in load(methods) if run["run"]["budget"] == budget]
     shown = {}
-    for task, name in ((task, name) for task in TASKS for name in EXPERIMENTS):
+    tasks = sorted({run["run"]["task"] for run in runs}, key=lambda task: position(task, TASKS))
+    for task, name in ((task, name) for task in tasks for name in EXPERIMENTS):
         found = by_method(run for run in runs if run["run"]["task"] == task and experiment(run) == name)
         if found and task not in shown and set(needed) <= set(found):
             shown[task] = found

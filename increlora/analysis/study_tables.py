@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from increlora.analysis import comparison, selection
-from increlora.analysis.looks import LOOKS, TASKS
+from increlora.analysis.looks import LOOKS, TASKS, position
 from increlora.analysis.selection import PROTOCOLS, Run, Runs
 from increlora.analysis.tables import Table, interval_text, spread
 from increlora.result_files import last_score
@@ -84,8 +84,8 @@ def learning_rates(experiment: str, trials: Iterable[Run]) -> Table:
     return Table(caption, ["task", "method", "trial", "trial", "trial"], rows)
 
 
-def _order(task: str, method: str) -> tuple[int, int]:
-    return list(TASKS).index(task), list(LOOKS).index(method)
+def _order(task: str, method: str) -> tuple[tuple[int, str], tuple[int, str]]:
+    return position(task, TASKS), position(method, LOOKS)
 
 
 def _rate(run: Run) -> float:

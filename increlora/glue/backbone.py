@@ -1,7 +1,7 @@
 """The pretrained encoder with its freshly drawn classification head, and its tokenizer."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from increlora.errors import UserError
-from increlora.glue.model_files import CONFIG, TOKENIZER, WEIGHTS, ModelFiles, quiet, readable, sha256
+from increlora.glue.model_files import CONFIG, OTHER_TOKENIZER, TOKENIZER, WEIGHTS, ModelFiles, quiet, readable, sha256
 from increlora.glue.tokenizing import load_tokenizer, word_tokenizer
 from increlora.streams import derive_seed, stream
 
@@ -61,9 +61,10 @@ class Backbone:
     def __post_init__(self) -> None:
         if self.weights not in ("pretrained", "random"):
             raise UserError(f"backbone.weights={self.weights}: it can be pretrained or random")
-        if self.model_type not in TOKENIZER:
+        if self.model_type not in TOKENIZER and self.model_type not in _classifiers():
             raise UserError(
-                f"backbone.architecture.model_type={self.model_type}: it can be {', '.join(sorted(TOKENIZER))}"
+                f"backbone.architecture.model_type={self.model_type}: transformers has no sequence classifier of this "
+                f"type; it has {', '.join(sorted(TOKENIZER))} and others"
             )
 
     @property
@@ -125,7 +126,7 @@ class Backbone:
             tokenizer = word_tokenizer()
             self._check_vocabulary(len(tokenizer))
         else:
-            folder = self.files.folder(TOKENIZER[self.model_type])
+            folder = self.files.folder(TOKENIZER.get(self.model_type, OTHER_TOKENIZER))
             with quiet(), readable(folder, "tokenizer"):
                 tokenizer = load_tokenizer(folder, self.model_type)
         tokenizer.model_max_length = self.max_length
@@ -199,6 +200,10 @@ class Backbone:
     @torch.no_grad()
     def _draw_head(self, model: "PreTrainedModel", absent: set[str]) -> None:
         """Draw the classifier and `absent`: matrices from N(0, initializer_range^2), biases 0."""
+        if not hasattr(model, "classifier"):
+            raise UserError(
+                f"backbone {self.name}: a {self.model_type} model has no layer called classifier, so no head"
+            )
         classifier = {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
         for name in sorted(classifier | absent):
             parameter = model.get_parameter(name)
@@ -213,6 +218,13 @@ class Backbone:
                 f"backbone.architecture.vocab_size={self.architecture['vocab_size']} is below "
                 f"the {tokens} tokens of the built-in tokenizer"
             )
+
+
+def _classifiers() -> Collection[str]:
+    """The types of model that transformers can build with a classification head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _in_fp32(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -19,6 +19,7 @@ TOKENIZER: dict[str, Alternatives] = {
     "bert": (("tokenizer.json",), ("vocab.txt",)),
     "roberta": (("tokenizer.json",), ("vocab.json", "merges.txt")),
 }
+OTHER_TOKENIZER: Alternatives = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 

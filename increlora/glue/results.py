@@ -103,7 +103,7 @@ def code_state(device: str) -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments],
+            ["git", "--no-optional-locks", *arguments],  # a full disk would leave the lock behind
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from naming import naming
 from scipy import stats
 
 from increlora.analysis import comparison
@@ -45,19 +46,16 @@ def test_differences_are_paired_by_seed_not_by_order():
     assert list(paired_differences(pairs, "a", "b")) == [41, 42, 43]
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
+def test_what_is_not_paired_is_refused():
+    for a, b, message in [
         ({41: 1.0, 42: 1.0}, {41: 1.0}, "b has no run with seed 42"),
         ({41: 1.0}, {42: 1.0}, "a has no run with seed 42"),
         ({41: 1.0}, {41: math.nan}, "b with seed 41 has the score nan"),
         ({41: None}, {41: 1.0}, "diverged run must stay in"),
         ({}, {}, "no seeds"),
-    ],
-)
-def test_what_is_not_paired_is_refused(a, b, message):
-    with pytest.raises(UserError, match=message):
-        paired_differences({"a": a, "b": b}, "a", "b")
+    ]:
+        with naming((a, b, message)), pytest.raises(UserError, match=message):
+            paired_differences({"a": a, "b": b}, "a", "b")
 
 
 def test_fewer_seeds_are_compared_only_when_asked_for():
@@ -79,10 +77,11 @@ def test_diverged_runs_stay_in_and_are_counted():
 # the test
 
 
-@pytest.mark.parametrize(("n", "p"), [(5, 0.0625), (6, 0.03125), (8, 0.0078125), (10, 0.001953125), (16, 2.0**-15)])
-def test_exact_p_when_every_difference_is_positive(n, p):
-    differences = 0.1 * np.arange(1, n + 1)
-    assert sign_flip_test(differences) == sign_flip_test(-differences) == smallest_p(n) == p
+def test_exact_p_when_every_difference_is_positive():
+    for n, p in [(5, 0.0625), (6, 0.03125), (8, 0.0078125), (10, 0.001953125), (16, 2.0**-15)]:
+        with naming((n, p)):
+            differences = 0.1 * np.arange(1, n + 1)
+            assert sign_flip_test(differences) == sign_flip_test(-differences) == smallest_p(n) == p
 
 
 def test_exact_p_by_hand():
@@ -265,12 +264,13 @@ def test_t_interval_by_hand():
     assert (low, high) == pytest.approx((0.7001142, 2.4598858), abs=1e-6)
 
 
-@pytest.mark.parametrize("n", [2, 6, 10, 20])
-@pytest.mark.parametrize("value", [0.0, 1.5, 0.1 + 0.2 - 0.3])
-@pytest.mark.parametrize("method", [None, "t", "bca"])
-def test_without_spread_the_interval_is_the_value(n, value, method):
-    limits = interval([value] * n, method)
-    assert (limits.low, limits.high) == pytest.approx((value, value), abs=1e-12)
+def test_without_spread_the_interval_is_the_value():
+    for method in [None, "t", "bca"]:
+        for value in [0.0, 1.5, 0.1 + 0.2 - 0.3]:
+            for n in [2, 6, 10, 20]:
+                with naming((n, value, method)):
+                    limits = interval([value] * n, method)
+                    assert (limits.low, limits.high) == pytest.approx((value, value), abs=1e-12)
 
 
 def test_intervals_are_finite_and_ordered_whatever_the_ties():
@@ -316,10 +316,11 @@ def default_limits(values):
     return t_limits(values) if values.shape[-1] < comparison.BCA_FROM else bca_limits((values,), resamples=1500)
 
 
-@pytest.mark.parametrize("n", [6, 8, 10, 20])
-@pytest.mark.parametrize("shape", ["normal", "skewed"])
-def test_intervals_cover(shape, n):
-    assert 0.92 <= coverage(default_limits, shape, n) <= 0.98
+def test_intervals_cover():
+    for shape in ["normal", "skewed"]:
+        for n in [6, 8, 10, 20]:
+            with naming((n, shape)):
+                assert 0.92 <= coverage(default_limits, shape, n) <= 0.98
 
 
 def test_intervals_cover_under_strong_skew_from_ten_seeds_on():

@@ -31,11 +31,17 @@ assert "torch" not in sys.modules and "pandas" not in sys.modules
 """
 
 
-def test_every_method_has_a_look_of_its_own():
-    methods = {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")}
-    assert methods == set(looks.LOOKS)
-    for a, b in itertools.combinations(looks.LOOKS.values(), 2):
+def test_every_listed_method_has_a_look_of_its_own_and_any_other_a_spare_one():
+    assert set(looks.LOOKS) <= {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")}
+    mine = looks.LOOKS["mine"]
+    assert mine.label == "mine" and mine == looks.LOOKS["mine"] and "mine" not in looks.LOOKS
+    for a, b in itertools.combinations([*looks.LOOKS.values(), mine], 2):
         assert a.color != b.color and a.marker != b.marker and a.label != b.label
+
+
+def test_a_score_axis_is_labelled_whatever_the_metric():
+    labels = [figures.metric({"config": {"task": {"primary": metric}}}) for metric in ("accuracy", "f1")]
+    assert labels == ["accuracy (%)", "f1 (×100)"]
 
 
 def test_published_methods_stay_apart_without_red_and_green():

@@ -70,9 +70,13 @@ def test_two_runs_of_one_seed_are_refused():
         selection.by_method([a_run(), a_run()])
 
 
-def test_a_method_without_a_look_is_refused():
-    with pytest.raises(UserError, match=r"'mine'.*LOOKS"):
-        selection.by_method([a_run("mine")])
+def test_methods_and_tasks_that_are_not_listed_come_last_under_their_own_names(committed):
+    runs = [a_run(method, task=task) for task in ("zebra", "answers", "cola") for method in ("mine", "lora", "full")]
+    committed(*runs)
+    shown = selection.panels(["mine", "lora", "full"])
+    assert list(shown) == ["cola", "answers", "zebra"]
+    assert list(shown["zebra"]) == ["lora", "full", "mine"]
+    assert selection.source_of({"answers": shown["answers"]}) == "minilm, minilm_study: answers (n = 1 seed)"
 
 
 def test_short_runs_are_told_by_what_they_are_for(committed):

@@ -44,6 +44,13 @@ def test_study_by_hand():
     assert (last, p, seeds, best, clean) == ("+1.00 [-1.48, +3.48]", "0.500", "3", "+1.00", "+1.00")
 
 
+def test_a_method_and_a_task_that_are_not_listed_are_tabulated_under_their_own_names():
+    runs = [run(method, 1, 0.8, "answers") for method in ("mine", "increlora")]
+    made = study("some", {"answers": selection.by_method(runs)})["some"]
+    assert [row[:3] for row in made.rows] == [["answers", name, "80.00 (1)"] for name in ("IncreLoRA", "mine")]
+    assert [row[:2] for row in learning_rates("some", runs).rows] == [row[:2] for row in made.rows]
+
+
 def test_seeds_that_only_one_method_has_are_not_compared():
     runs = selection.by_method([run("increlora", 1, 0.8), run("increlora", 2, 0.9), run("lora", 2, 0.85)])
     assert cells(differences("some", {"stsb": runs}), "STS-B", "LoRA")[:3] == ["+5.00", "1.000", "1"]

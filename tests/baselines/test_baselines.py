@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import TINY_KINDS, tiny_batches
+from naming import naming
 from peft.tuners.adalora import RankAllocator
 from torch import nn
 
@@ -188,9 +189,8 @@ def test_adalora_derives_its_schedule_near_the_published_shares():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_adalora_refuses_what_cannot_work(tiny_deberta):
+    for changes, said in [
         ({"init_warmup": 600, "final_steps": 1800}, "init_warmup 600 + final_steps 1800 must be below the 40"),
         ({"init_warmup": 20, "final_steps": 20}, "must be below the 40 training steps"),
         ({"final_steps": 0}, "final_steps at least 1"),
@@ -201,12 +201,11 @@ def test_adalora_derives_its_schedule_near_the_published_shares():
         ({"beta1": 1.0}, "method.beta1"),
         ({"dropout": 1.0}, "method.dropout"),
         ({"orth_weight": -1}, "method.orth_weight"),
-    ],
-)
-def test_adalora_refuses_what_cannot_work(tiny_deberta, changes, said):
-    with pytest.raises(UserError) as error:
-        adalora(**changes).prepare(tiny_deberta, STEPS)
-    assert said in str(error.value)
+    ]:
+        with naming((changes, said)):
+            with pytest.raises(UserError) as error:
+                adalora(**changes).prepare(tiny_deberta, STEPS)
+            assert said in str(error.value)
 
 
 # BitFit, adapters

@@ -96,10 +96,14 @@ def done(request, pattern) -> SimpleNamespace:
     return run(compose(request.param, pattern))
 
 
-def logits(model: nn.Module, done) -> torch.Tensor:
+@torch.no_grad()
+def outputs(model: nn.Module):
     ids = torch.arange(60, 92).view(4, 8)
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return outputs(model).logits
 
 
 def test_it_trains(done):
@@ -124,9 +128,15 @@ def test_parameters_are_reported_truly(done):
     moved = sum(int((p != start[name]).sum()) for name, p in parameters.items())
     held = sum(p.numel() for p in parameters.values() if p.requires_grad)
     assert moved <= counts["update"] + counts["reserve"] + counts["head"] <= held
-    assert counts["head"] == HEAD_PARAMETERS and counts["update"] > 0
+    assert counts["head"] == HEAD_PARAMETERS and (counts["update"] > 0 or not done.last.ranks)
     spare = held - counts["update"] - counts["reserve"] - counts["head"]
     assert counts["total"] == sum(p.numel() for p in parameters.values()) - spare
+
+
+def test_the_encoder_says_something_else_after_training_exactly_if_a_parameter_of_it_is_counted(done):
+    fresh = build(done.cfg).model
+    hidden = [outputs(model.base_model).last_hidden_state for model in (fresh, done.model)]
+    assert torch.equal(*hidden) == (done.last.parameters["update"] == 0)
 
 
 def test_it_ends_at_its_budget_as_planned(done):
@@ -155,13 +165,13 @@ def test_added_ranks_lead_from_the_first_to_the_last(done):
 
 def test_it_merges_without_changing_outputs_or_says_that_it_cannot(done):
     model, method = copy.deepcopy((done.model, done.method))
-    expected = logits(model, done)
+    expected = logits(model)
     if not method.can_merge:
         with pytest.raises(UserError, match="cannot be folded"):
             method.merge(model)
         return
     method.merge(model)
-    torch.testing.assert_close(logits(model, done), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5)
     assert {name for name, _ in model.named_parameters()} == set(done.before)
     assert all(type(m) is nn.Linear for m in surgery.find_matrices(model, TINY_KINDS).values())
     for name, rank in done.last.ranks.items():
@@ -196,10 +206,10 @@ def test_its_start_draws_from_its_own_stream_and_leaves_the_encoder(done, patter
     starts = {}
     for seed in (41, 42):
         made = build(compose(done.cfg.method.name, pattern, f"seed={seed}", "backbone.seed=41"))
-        before, state = logits(made.model, done), torch.get_rng_state()
+        before, state = logits(made.model), torch.get_rng_state()
         made.method.prepare(made.model, STEPS)
         assert torch.equal(torch.get_rng_state(), state)
-        torch.testing.assert_close(logits(made.model, done), before, rtol=0, atol=0.02)  # adapters: nearly
+        torch.testing.assert_close(logits(made.model), before, rtol=0, atol=0.02)  # adapters: nearly
         starts[seed] = dict(made.model.named_parameters())
     new = [name for name in starts[41] if name not in done.before and starts[41][name].requires_grad]
     drawn = [name for name in new if starts[41][name].unique().numel() > 1 and name in starts[42]]
@@ -213,7 +223,7 @@ def test_state_and_weights_give_the_model_back(done, pattern):
     made.method.prepare(made.model, STEPS)
     made.method.load_state_dict(state)
     assert not made.model.load_state_dict(weights, strict=False).unexpected_keys
-    assert torch.equal(logits(made.model, done), logits(done.model, done))
+    assert torch.equal(logits(made.model), logits(done.model))
     assert made.method.ranks() == done.method.ranks() and made.method.scores() == done.method.scores()
     assert made.method.parameters_by_kind(made.model) == done.last.parameters
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (made.model, done.model)]

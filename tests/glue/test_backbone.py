@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from huggingface_hub import constants
 from hydra import compose, initialize_config_dir
+from naming import naming
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,7 @@ from increlora.matrices import layer_of
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 ARCHITECTURES = ["deberta_v3_base", "bert_base", "roberta_base"]  # one backbone of each kind
+BACKBONES = sorted(path.stem for path in (ROOT / "configs" / "backbone").glob("*.yaml"))
 # name: layers, hidden, intermediate, all parameters with two labels, those of the head
 PUBLISHED = {
     "deberta_v3_xsmall": (12, 384, 1536, 70_830_722, 148_610),
@@ -108,20 +110,28 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 # the eight backbones
 
 
-def test_there_is_a_yaml_for_each():
-    assert {file.stem for file in (ROOT / "configs" / "backbone").glob("*.yaml")} == set(PUBLISHED)
+def test_the_head_and_every_kind_of_every_backbone_are_found_and_apart():
+    assert set(PUBLISHED) <= set(BACKBONES)
+    for name in BACKBONES:
+        with naming(name):
+            backbone = make(name, weights="random")
+            assert backbone.name == name
+            with torch.device("meta"):
+                model = backbone.model(2)
+            head = head_of(model, backbone)
+            assert head and any(parameter.shape[0] == 2 for parameter in head.values())  # two labels
+            found = [set(surgery.find_matrices(model, {kind: backbone.kinds[kind]})) for kind in backbone.kinds]
+            assert sum(map(len, found)) == len(set().union(*found)), "a matrix is of two kinds"
+            assert not {f"{matrix}.weight" for matrix in set().union(*found)} & set(head)
+            if name in PUBLISHED:
+                assert_published(name, backbone, model)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_and_the_six_kinds(name):
+def assert_published(name: str, backbone: Backbone, model) -> None:
+    """The published size, and the six kinds in every layer."""
     layers, hidden, intermediate, total, head = PUBLISHED[name]
-    backbone = make(name, weights="random")
-    assert backbone.name == name
-    with torch.device("meta"):
-        model = backbone.model(2)
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for p in head_of(model, backbone).values()) == head
-
     shapes = dict.fromkeys(("query", "key", "value", "attention_output"), (hidden, hidden))
     shapes |= {"intermediate": (intermediate, hidden), "output": (hidden, intermediate)}
     assert list(backbone.kinds) == list(shapes)
@@ -131,33 +141,30 @@ def test_published_sizes_and_the_six_kinds(name):
         found = surgery.find_matrices(model, {kind: backbone.kinds[kind]})
         assert [layer_of(matrix) for matrix in found] == list(range(layers))
         assert {tuple(matrix.weight.shape) for matrix in found.values()} == {shape}
-    matrix_of_each_kind = [kind for matrix in matrices for kind in shapes if re.fullmatch(backbone.kinds[kind], matrix)]
-    assert len(matrix_of_each_kind) == len(matrices), "a matrix is of two kinds"
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
+def test_head_is_pooler_and_classifier():
+    for name, expected in [
         ("deberta_v3_base", {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"}),
         ("bert_base", {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}),
         (
             "roberta_base",
             {f"classifier.{part}.{leaf}" for part in ("dense", "out_proj") for leaf in ("weight", "bias")},
         ),
-    ],
-)
-def test_head_is_pooler_and_classifier(name, expected):
-    backbone = small(name)
-    assert set(head_of(backbone.model(3), backbone)) == expected
+    ]:
+        with naming((name, expected)):
+            backbone = small(name)
+            assert set(head_of(backbone.model(3), backbone)) == expected
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_head_dropout_is_the_tasks_and_the_encoders_is_not(name):
-    model = small(name).model(2, head_dropout=0.35)
-    rates = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
-    head = "classifier.dropout" if name == "roberta_base" else "dropout"
-    assert rates.pop(head) == 0.35
-    assert 0.35 not in rates.values() and 0.1 in rates.values()
+def test_head_dropout_is_the_tasks_and_the_encoders_is_not():
+    for name in ARCHITECTURES:
+        with naming(name):
+            model = small(name).model(2, head_dropout=0.35)
+            rates = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+            head = "classifier.dropout" if name == "roberta_base" else "dropout"
+            assert rates.pop(head) == 0.35
+            assert 0.35 not in rates.values() and 0.1 in rates.values()
 
 
 def test_a_kind_that_matches_nothing_lists_what_there_is():
@@ -166,11 +173,12 @@ def test_a_kind_that_matches_nothing_lists_what_there_is():
     refused(lambda: surgery.find_matrices(model, wrong), "query", "bert.encoder.layer.N.attention.self.query")
 
 
-@pytest.mark.parametrize("labels", [1, 2, 3])
-def test_number_of_labels(labels):
-    model = small("tiny", architecture=make("tiny").architecture).model(labels)
-    out = model(input_ids=torch.tensor([[1, 9, 2]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
-    assert out.logits.shape == (1, labels)
+def test_number_of_labels():
+    for labels in [1, 2, 3]:
+        with naming(labels):
+            model = small("tiny", architecture=make("tiny").architecture).model(labels)
+            out = model(input_ids=torch.tensor([[1, 9, 2]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+            assert out.logits.shape == (1, labels)
 
 
 # random streams
@@ -293,27 +301,30 @@ def test_missing_folder_and_files(tmp_path):
     assert "config.json" not in refused(lambda: backbone.model(2), "model.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
-def test_corrupt_weights(content, tmp_path):
-    file = save("bert_base", tmp_path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
+def test_corrupt_weights(tmp_path):
+    for content in [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None]:
+        with naming(content):
+            file = save("bert_base", tmp_path) / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+            refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", None])
-def test_corrupt_pickle(content, tmp_path):
-    save("bert_base", tmp_path)
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(file.read_bytes()[:2000] if content is None else content)
-    refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
+def test_corrupt_pickle(tmp_path):
+    for content in [b"", b"not a pickle", None]:
+        with naming(content):
+            save("bert_base", tmp_path)
+            torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+            (tmp_path / "model.safetensors").unlink()
+            file = tmp_path / "pytorch_model.bin"
+            file.write_bytes(file.read_bytes()[:2000] if content is None else content)
+            refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "weights")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-model"}', '{"hidden_size": 3}'])
-def test_corrupt_config(content, tmp_path):
-    (save("bert_base", tmp_path) / "config.json").write_text(content)
-    refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "config.json")
+def test_corrupt_config(tmp_path):
+    for content in ["", "{", "[]", '{"model_type": "no-such-model"}', '{"hidden_size": 3}']:
+        with naming(content):
+            (save("bert_base", tmp_path) / "config.json").write_text(content)
+            refused(lambda: make("bert_base", path=str(tmp_path)).model(2), tmp_path, "config.json")
 
 
 @pytest.mark.parametrize("name", ["deberta_v3_base", "bert_base"])
@@ -349,6 +360,8 @@ def test_an_encoder_is_never_silently_random(tmp_path):
 def test_fields_that_cannot_be(tmp_path):
     refused(lambda: make("tiny", weights="pretained"), "pretained", "random")
     refused(lambda: make("tiny", architecture={"model_type": "gpt9"}), "gpt9", "roberta")
+    headless = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
+    refused(lambda: make("tiny", architecture=headless).model(2), "gpt2", "no layer called classifier")
     refused(lambda: make("tiny", weights="pretrained").model(2), "tiny", "backbone.weights=random")
 
 
@@ -603,7 +616,7 @@ def test_roberta_tokenizer_from_vocabulary_and_merges(tmp_path):
 
 
 def test_yaml_is_the_dataclass():
-    for name in PUBLISHED:
+    for name in BACKBONES:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             node = compose(overrides=[f"+backbone={name}", "+seed=3"]).backbone
         keys = set(OmegaConf.to_container(node)) - {"_target_"}

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from conftest import TINY_KINDS
+from naming import naming
 from test_loop import TASK, data, increlora, settings
 
 from baselines.adalora import AdaLoRA
@@ -87,18 +88,16 @@ def test_another_version_is_refused(tmp_path, monkeypatch):
         checkpoints.load()
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
+def test_another_configuration_data_or_number_of_processes_is_refused(tmp_path):
+    for changed, said in [
         ({"config": {"train": {"epochs": 4}, "seed": 41}}, "config.train.epochs"),
         ({"data": "abd"}, "differs in data"),
         ({"processes": 2}, "differs in processes"),
-    ],
-)
-def test_another_configuration_data_or_number_of_processes_is_refused(tmp_path, changed, said):
-    filled(tmp_path)
-    with pytest.raises(UserError, match=said):
-        Checkpoints(tmp_path, IDENTITY | changed).load()
+    ]:
+        with naming((changed, said)):
+            filled(tmp_path)
+            with pytest.raises(UserError, match=said):
+                Checkpoints(tmp_path, IDENTITY | changed).load()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):

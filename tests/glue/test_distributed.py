@@ -5,26 +5,26 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import HELPERS, ROOT
+from warm_python import python
 
 from increlora.glue import checkpoint
 
 WORKER = HELPERS / "distributed_worker.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PATH = [ROOT, *(ROOT / "tests" / name for name in ("", "glue", "integrations"))]  # of a worker, beside its own folder
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, PATH)), **AS_ROOT}
 needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on this machine")
 
 
-def run(command: list, **kwargs) -> subprocess.CompletedProcess:
+def run(arguments: list, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs
+        [python(), *map(str, arguments)], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs
     )
 
 
@@ -36,7 +36,7 @@ def outcome(folder: Path) -> tuple[dict, list[float]]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    done = run([sys.executable, WORKER, folder, 1])
+    done = run([WORKER, folder, 1])
     assert done.returncode == 0, done.stderr
     return outcome(folder)
 
@@ -56,7 +56,7 @@ def same(a, b, tolerance: float) -> None:
 
 @pytest.mark.parametrize("accumulation", [2, 5])
 def test_accumulation_equals_one_batch(single, tmp_path, accumulation):
-    done = run([sys.executable, WORKER, tmp_path, accumulation])
+    done = run([WORKER, tmp_path, accumulation])
     assert done.returncode == 0, done.stderr
     same(single, outcome(tmp_path), 1e-9)
 
@@ -96,7 +96,7 @@ def test_run_py_under_torchrun_writes_one_record_and_one_result(tmp_path):
 def test_run_py_under_accelerate_launch(tmp_path, processes):
     """On CPUs accelerate starts several processes only through mpirun."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,7 +132,7 @@ def test_a_single_gradient_is_averaged_too(tmp_path):
 
 def test_what_a_process_passes_over_is_not_mixed_up_with_what_it_uses(tmp_path):
     found = []
-    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
+    for name, command in (("one", []), ("two", TORCHRUN)):
         (tmp_path / name).mkdir()
         done = run([*command, HELPERS / "routed_worker.py", tmp_path / name])
         assert done.returncode == 0, done.stderr

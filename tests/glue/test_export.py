@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import HELPERS, ROOT
-from finished_runs import SYNTHETIC, base_model, call, finished, module
+from finished_runs import SYNTHETIC, base_model, finished
+from in_process import call, load
 from safetensors.torch import load_file
 
 from increlora.errors import UserError
 from increlora.glue import export, finished_run
 from increlora.glue.model_card import model_card
 
-script = module(ROOT / "scripts" / "export.py")
+script = load(ROOT / "scripts" / "export.py")
 TEXTS = [
     ("all dogs are wet", "some poodles are not soaked"), ("no", "x"), ("most of the trees are old and red", "½ Ｆ"),
     ("there are no sharks that are deadly", "it is not true that some fish are dangerous"),

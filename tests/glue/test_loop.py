@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from conftest import TINY_KINDS, tiny_batches
+from naming import naming
 
 from increlora import groups
 from increlora.algorithm import IncreLoRA
@@ -211,9 +212,8 @@ def test_a_holdout_split_is_evaluated_beside_dev(tiny_deberta, tmp_path):
     assert any("eval/holdout/accuracy" in line and "eval/accuracy" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_impossible_settings_are_refused():
+    for changes, said in [
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16"),
         ({"accumulation": 3}, "must divide train.batch_size"),
         ({"epochs": 0}, "train.epochs must be above 0"),
@@ -230,12 +230,11 @@ def test_a_holdout_split_is_evaluated_beside_dev(tiny_deberta, tmp_path):
         ({"weight_decay": -1}, "train.weight_decay must not be negative, it is -1"),
         ({"warmup_steps": -1}, "train.warmup_steps must not be negative, it is -1"),
         ({"progress": "no"}, "train.progress must be true or false, it is 'no'"),
-    ],
-)
-def test_impossible_settings_are_refused(changes, said):
-    with pytest.raises(UserError) as error:
-        settings(**changes).torch_device  # noqa: B018
-    assert said in str(error.value)
+    ]:
+        with naming((changes, said)):
+            with pytest.raises(UserError) as error:
+                settings(**changes).torch_device  # noqa: B018
+            assert said in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

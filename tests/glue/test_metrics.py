@@ -4,6 +4,7 @@ import math
 
 import evaluate
 import pytest
+from naming import naming
 
 from increlora.glue.metrics import METRICS, GlueMetric
 
@@ -45,17 +46,19 @@ def test_tied_ranks_are_averaged():
     assert compute("spearmanr", [0.0, 0.0, 7.0], [1.0, 2.0, 3.0]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
 
 
-@pytest.mark.parametrize("name", ["matthews_correlation", "pearson", "spearmanr"])
-@pytest.mark.parametrize("value", [0, 1])
-def test_constant_predictions_have_no_correlation(name, value):
-    assert compute(name, [value] * 4, [0, 1, 1, 0]) == 0.0
+def test_constant_predictions_have_no_correlation():
+    for value in [0, 1]:
+        for name in ["matthews_correlation", "pearson", "spearmanr"]:
+            with naming((name, value)):
+                assert compute(name, [value] * 4, [0, 1, 1, 0]) == 0.0
 
 
-@pytest.mark.parametrize("name", ["pearson", "spearmanr"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_diverged_regression_scores_zero(name, bad):
-    assert compute(name, [bad, 1.0, 2.0], [0.0, 1.0, 2.0]) == 0.0
-    assert compute(name, [1.0], [1.0]) == 0.0
+def test_a_diverged_regression_scores_zero():
+    for bad in [float("nan"), float("inf"), -float("inf")]:
+        for name in ["pearson", "spearmanr"]:
+            with naming((name, bad)):
+                assert compute(name, [bad, 1.0, 2.0], [0.0, 1.0, 2.0]) == 0.0
+                assert compute(name, [1.0], [1.0]) == 0.0
 
 
 def test_it_is_a_metric_of_evaluate():

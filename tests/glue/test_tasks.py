@@ -8,6 +8,7 @@ from itertools import combinations_with_replacement, product
 import pytest
 import torch
 from conftest import ROOT
+from naming import naming
 from omegaconf import OmegaConf
 
 from increlora.errors import UserError
@@ -175,24 +176,29 @@ def message(name, folder, tokenizer, **overrides):
 # the YAML files
 
 
-def test_there_is_a_yaml_per_task():
-    assert {path.stem for path in TASKS.glob("*.yaml")} == {*LAYOUTS, "synthetic_entailment"}
+def test_every_yaml_is_short_says_its_command_and_names_the_fields():
+    paths = sorted(TASKS.glob("*.yaml"))
+    assert {path.stem for path in paths} >= {*LAYOUTS, "synthetic_entailment"}
+    for path in paths:
+        with naming(path.stem):
+            text = path.read_text()
+            assert text.startswith(f"# python run.py task={path.stem}")
+            assert len(text.splitlines()) <= 18
+            assert OmegaConf.is_interpolation(OmegaConf.load(path), "seed")
+            settings = settings_of(path.stem)
+            known = {field.name for field in dataclass_fields(CLASSES[settings.pop("_target_")])}
+            assert set(settings) <= known
+            assert {"data_dir", "holdout", "train_fraction", "head_dropout", "max_length"} <= set(settings)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "synthetic_entailment"])
-def test_yaml_is_short_says_its_command_and_names_the_fields(name):
-    text = (TASKS / f"{name}.yaml").read_text()
-    assert text.startswith(f"# python run.py task={name}")
-    assert len(text.splitlines()) <= 18
-    assert OmegaConf.is_interpolation(OmegaConf.load(TASKS / f"{name}.yaml"), "seed")
-    settings = settings_of(name)
-    known = {field.name for field in dataclass_fields(CLASSES[settings.pop("_target_")])}
-    assert set(settings) <= known
-    assert {"data_dir", "holdout", "train_fraction", "head_dropout", "max_length"} <= set(settings)
+def test_every_task_reads_its_public_layout(tmp_path, words):
+    for name in LAYOUTS:
+        (tmp_path / name).mkdir()
+        with naming(name):
+            assert_reads_its_layout(name, tmp_path / name, words)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_task_reads_its_public_layout(name, tmp_path, words):
+def assert_reads_its_layout(name, tmp_path, words):
     files, texts, labels = LAYOUTS[name]
     task = task_of(name, data_dir=write(tmp_path, files))
     source, splits = task.read()
@@ -272,11 +278,12 @@ BAD_FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_malformed_files(case, tmp_path, words):
-    content, parts = BAD_FILES[case]
-    said = message("rte", write(tmp_path, rte_files(train=content)), words)
-    assert all(part in said for part in parts), said
+def test_malformed_files(tmp_path, words):
+    for case in BAD_FILES:
+        with naming(case):
+            content, parts = BAD_FILES[case]
+            said = message("rte", write(tmp_path, rte_files(train=content)), words)
+            assert all(part in said for part in parts), said
 
 
 def test_the_bad_file_is_named(tmp_path, words):
@@ -284,12 +291,13 @@ def test_the_bad_file_is_named(tmp_path, words):
     assert str(tmp_path / "dev.tsv") in said
 
 
-@pytest.mark.parametrize("score", ["nan", "NaN", "inf", "-inf", "high", "", "5.1", "-0.1"])
-def test_bad_scores(score, tmp_path, words):
-    files = {"train.tsv": STSB_HEADER + row(*STSB_ROW, "1.0") + row(*STSB_ROW, score),
-             "dev.tsv": LAYOUTS["stsb"][0]["dev.tsv"]}  # fmt: skip
-    said = message("stsb", write(tmp_path, files), words)
-    assert "train.tsv, line 3" in said and score in said
+def test_bad_scores(tmp_path, words):
+    for score in ["nan", "NaN", "inf", "-inf", "high", "", "5.1", "-0.1"]:
+        with naming(score):
+            files = {"train.tsv": STSB_HEADER + row(*STSB_ROW, "1.0") + row(*STSB_ROW, score),
+                     "dev.tsv": LAYOUTS["stsb"][0]["dev.tsv"]}  # fmt: skip
+            said = message("stsb", write(tmp_path, files), words)
+            assert "train.tsv, line 3" in said and score in said
 
 
 def test_file_without_header_has_too_few_columns(tmp_path, words):
@@ -297,9 +305,8 @@ def test_file_without_header_has_too_few_columns(tmp_path, words):
     assert "no column 3" in said and "2 columns and no header" in said
 
 
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
+def test_impossible_settings(tmp_path, words):
+    for overrides, part in [
         ({"holdout": 1.0}, "task.holdout=1.0"),
         ({"holdout": -0.1}, "task.holdout"),
         ({"train_fraction": 0.0}, "task.train_fraction"),
@@ -315,10 +322,9 @@ def test_file_without_header_has_too_few_columns(tmp_path, words):
         ({"labels": ["a", "b", "c"], "metrics": ["f1"], "primary": "f1"}, "3 classes"),
         ({"labels": ["a"]}, "at least two"),
         ({"fields": ["a", "b", "c"]}, "one or two"),
-    ],
-)
-def test_impossible_settings(overrides, part, tmp_path, words):
-    assert part in message("rte", write(tmp_path, rte_files()), words, **overrides)
+    ]:
+        with naming((overrides, part)):
+            assert part in message("rte", write(tmp_path, rte_files()), words, **overrides)
 
 
 # fingerprint, holdout, fraction, truncation
@@ -522,22 +528,24 @@ def test_a_task_without_hub_and_folder():
 # the real files
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_real_files_have_the_official_sizes(name, shared):
-    official = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500),
-                "rte": (2490, 277), "wnli": (635, 71)}  # fmt: skip
-    splits = task_of(name, data_dir=str(shared / "glue" / FOLDERS[name])).read()[1]
-    assert (len(splits["train"].labels), len(splits["dev"].labels)) == official[name]
+def test_real_files_have_the_official_sizes(shared):
+    for name in FOLDERS:
+        with naming(name):
+            official = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500),
+                        "rte": (2490, 277), "wnli": (635, 71)}  # fmt: skip
+            splits = task_of(name, data_dir=str(shared / "glue" / FOLDERS[name])).read()[1]
+            assert (len(splits["train"].labels), len(splits["dev"].labels)) == official[name]
 
 
-@pytest.mark.parametrize("name", ["rte", "mrpc", "cola", "stsb"])
-def test_padding_on_real_data(name, shared):
-    from increlora.glue.tokenizing import sentencepiece_tokenizer
+def test_padding_on_real_data(shared):
+    for name in ["rte", "mrpc", "cola", "stsb"]:
+        with naming(name):
+            from increlora.glue.tokenizing import sentencepiece_tokenizer
 
-    tokenizer = sentencepiece_tokenizer(shared / "deberta-v3-tokenizer" / "spm.model")
-    lengths = task_of(name, data_dir=str(shared / "glue" / FOLDERS[name])).load(tokenizer).train.lengths
-    for epoch in range(3):
-        assert padding_share(lengths, epoch_batches(lengths, 32, 41, epoch)) <= 0.06
+            tokenizer = sentencepiece_tokenizer(shared / "deberta-v3-tokenizer" / "spm.model")
+            lengths = task_of(name, data_dir=str(shared / "glue" / FOLDERS[name])).load(tokenizer).train.lengths
+            for epoch in range(3):
+                assert padding_share(lengths, epoch_batches(lengths, 32, 41, epoch)) <= 0.06
 
 
 # the synthetic task
@@ -573,13 +581,14 @@ def test_generated_labels_are_those_of_the_class_names(generated):
     assert same == {task_of("synthetic_entailment").labels.index("entailment")}
 
 
-@pytest.mark.parametrize("sentence", [0, 1])
-def test_no_word_tells_the_label(generated, sentence):
-    train = generated["train"]
-    for word in VOCABULARY:
-        present = [word in texts[sentence].split() for texts in train.texts]
-        agree = sum(has == label for has, label in zip(present, train.labels, strict=True)) / len(present)
-        assert max(agree, 1 - agree) < 0.55, word
+def test_no_word_tells_the_label(generated):
+    for sentence in [0, 1]:
+        with naming(sentence):
+            train = generated["train"]
+            for word in VOCABULARY:
+                present = [word in texts[sentence].split() for texts in train.texts]
+                agree = sum(has == label for has, label in zip(present, train.labels, strict=True)) / len(present)
+                assert max(agree, 1 - agree) < 0.55, word
 
 
 def test_generator_settings(tmp_path):
@@ -631,17 +640,18 @@ def true_in_every_model(nouns, properties):
     }
 
 
-@pytest.mark.parametrize(("noun", "property_"), list(product(NOUN_PAIRS, PROPERTY_PAIRS)))
-def test_labels_are_true_in_all_small_models(noun, property_):
-    nouns, properties = NOUN_PAIRS[noun], PROPERTY_PAIRS[property_]
-    claimed = {
-        (first, second)
-        for first, second in product(HOLDS, HOLDS)
-        if entails(Statement(first, nouns[0], properties[0]), Statement(second, nouns[1], properties[1]))
-    }
-    assert claimed == true_in_every_model(ALLOWED[noun], ALLOWED[property_])
-    if noun == "unrelated":  # nothing changes for classes that exclude each other, as dogs and oaks do
-        assert claimed == true_in_every_model(ALLOWED[noun] - {(1, 1)}, ALLOWED[property_])
+def test_labels_are_true_in_all_small_models():
+    for noun, property_ in list(product(NOUN_PAIRS, PROPERTY_PAIRS)):
+        with naming((noun, property_)):
+            nouns, properties = NOUN_PAIRS[noun], PROPERTY_PAIRS[property_]
+            claimed = {
+                (first, second)
+                for first, second in product(HOLDS, HOLDS)
+                if entails(Statement(first, nouns[0], properties[0]), Statement(second, nouns[1], properties[1]))
+            }
+            assert claimed == true_in_every_model(ALLOWED[noun], ALLOWED[property_])
+            if noun == "unrelated":  # nothing changes for classes that exclude each other, as dogs and oaks do
+                assert claimed == true_in_every_model(ALLOWED[noun] - {(1, 1)}, ALLOWED[property_])
 
 
 def test_inclusions_are_a_tree():

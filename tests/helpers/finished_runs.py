@@ -1,15 +1,11 @@
-"""Tiny finished runs for tests, trained in this process by run.py's own code, and scripts loaded as modules."""
+"""Tiny finished runs for tests, trained in this process by run.py's own code."""
 
-import importlib.util
 import json
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
-import pytest
 from conftest import ROOT
+from in_process import load
 from test_backbone import make
 from tokenizers import pre_tokenizers
 
@@ -27,14 +23,7 @@ TRAINING = [
 SYNTHETIC = ["task=synthetic_entailment", "task.train_size=100", "task.dev_size=40"]
 
 
-def module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-run_script = module(ROOT / "run.py")
+run_script = load(ROOT / "run.py")
 
 
 def base_model(backbone: str, folder: Path) -> Path:
@@ -58,17 +47,3 @@ def finished(run_dir: Path, *overrides: str) -> Path:
     cfg = config.load(arguments)
     run_script.train(cfg, config.identity(cfg, arguments), run_dir, config.resolved(cfg))
     return run_dir
-
-
-def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The script's main with these arguments; its exit code."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `guarded` sets it; this puts it back
-    pipe = signal.getsignal(signal.SIGPIPE)  # which predict.py changes, for a process of its own
-    try:
-        script.main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        signal.signal(signal.SIGPIPE, pipe)
-    return 0

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, tiny_batches
+from naming import naming
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -392,10 +393,11 @@ def test_a_state_that_is_loaded_by_half_is_not_trained_on(llama, which):
 # examples
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
-def test_an_example_is_short_and_says_how_to_call_it(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 40 and f"examples/{path.name}" in lines[0]
+def test_an_example_is_short_and_says_how_to_call_it():
+    for path in EXAMPLES:
+        with naming(path):
+            lines = path.read_text().splitlines()
+            assert len(lines) <= 40 and f"examples/{path.name}" in lines[0]
 
 
 def run_example(name: str, folder, monkeypatch, capsys) -> str:

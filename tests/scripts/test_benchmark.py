@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 
 from conftest import ROOT
+from warm_python import python
 
 
 def test_the_benchmark_measures_every_arm(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "--backbone", "tiny", "--batch", "2", "--length", "8"]
+    command = [python(), ROOT / "scripts" / "benchmark.py", "--backbone", "tiny", "--batch", "2", "--length", "8"]
     command += ["--repeats", "2", "--rank", "3", "--no-memory", "--json", tmp_path / "out.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -3,9 +3,10 @@
 import json
 
 from conftest import ROOT
-from finished_runs import SYNTHETIC, call, finished, module
+from finished_runs import SYNTHETIC, finished
+from in_process import call, load
 
-script = module(ROOT / "scripts" / "collect.py")
+script = load(ROOT / "scripts" / "collect.py")
 
 
 def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_path, monkeypatch, capsys):

@@ -1,22 +1,15 @@
 """scripts/describe.py: the parameter counts that the papers' tables call equal, on DeBERTaV3-base."""
 
-import importlib.util
 import json
 
 import pytest
 from conftest import ROOT
+from in_process import load
+from naming import naming
 
 from increlora.errors import UserError
 
-
-def load():
-    spec = importlib.util.spec_from_file_location("describe", ROOT / "scripts" / "describe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load()
+script = load(ROOT / "scripts" / "describe.py")
 
 
 def parameters(method: str, budget: str) -> dict:
@@ -25,20 +18,23 @@ def parameters(method: str, budget: str) -> dict:
     ]
 
 
-@pytest.mark.parametrize(
-    ("method", "budget", "update"),
-    [
-        ("lora", "r2", 331_776), ("lora", "r8", 1_327_104), ("houlsby", "r2", 313_536), ("pfeiffer", "r2", 304_320),
-        ("bitfit", "r2", 102_912), ("uniform", "r2", 331_776 + 144), ("full", "r2", 183_831_552),
-    ],
-)  # fmt: skip
-def test_constant_counts(method, budget, update):
-    found = parameters(method, budget)
-    assert found["start"]["update"] == update and found["end"]["update"] == dict.fromkeys(
-        ("lowest", "average", "highest"), update
-    )
-    assert found["start"]["head"] == found["end"]["head"] == 592_130
-    assert found["start"]["total"] == 184_423_682 + (update if method not in ("full", "bitfit") else 0)
+def test_constant_counts():
+    for method, budget, update in [
+        ("lora", "r2", 331_776),
+        ("lora", "r8", 1_327_104),
+        ("houlsby", "r2", 313_536),
+        ("pfeiffer", "r2", 304_320),
+        ("bitfit", "r2", 102_912),
+        ("uniform", "r2", 331_776 + 144),
+        ("full", "r2", 183_831_552),
+    ]:
+        with naming((method, budget, update)):
+            found = parameters(method, budget)
+            assert found["start"]["update"] == update and found["end"]["update"] == dict.fromkeys(
+                ("lowest", "average", "highest"), update
+            )
+            assert found["start"]["head"] == found["end"]["head"] == 592_130
+            assert found["start"]["total"] == 184_423_682 + (update if method not in ("full", "bitfit") else 0)
 
 
 @pytest.mark.parametrize(("budget", "alone", "start"), [("r2", 331_776, 165_960), ("r8", 1_327_104, 165_960)])
@@ -75,19 +71,20 @@ def test_large_needs_no_memory_and_pfeiffer_touches_one_kind():
     assert found["matrices"] == {"output": {"count": 24, "out": 1024, "in": 4096}}
 
 
-@pytest.mark.parametrize("method", ["increlora", "adalora", "lora", "bitfit"])
-def test_table_and_json_say_the_same(method, capsys, monkeypatch):
-    arguments = ["describe.py", f"method={method}", "backbone=tiny", "task=synthetic_entailment"]
-    monkeypatch.setattr("sys.argv", arguments)
-    script.main()
-    text = capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [*arguments, "--json"])
-    script.main()
-    data = json.loads(capsys.readouterr().out)
-    for part in ("start", "end"):
-        assert f"{data['parameters'][part]['total']:,}" in text
-    assert f"{data['steps']['total']:,} steps: 4,000 examples" in text
-    assert ("no ranks" in text) == (not data["ranks"])
+def test_table_and_json_say_the_same(capsys, monkeypatch):
+    for method in ["increlora", "adalora", "lora", "bitfit"]:
+        with naming(method):
+            arguments = ["describe.py", f"method={method}", "backbone=tiny", "task=synthetic_entailment"]
+            monkeypatch.setattr("sys.argv", arguments)
+            script.main()
+            text = capsys.readouterr().out
+            monkeypatch.setattr("sys.argv", [*arguments, "--json"])
+            script.main()
+            data = json.loads(capsys.readouterr().out)
+            for part in ("start", "end"):
+                assert f"{data['parameters'][part]['total']:,}" in text
+            assert f"{data['steps']['total']:,} steps: 4,000 examples" in text
+            assert ("no ranks" in text) == (not data["ranks"])
 
 
 def test_errors_are_said():

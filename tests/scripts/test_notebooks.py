@@ -3,18 +3,17 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from in_process import call, load
+from naming import naming
 
 jupytext = pytest.importorskip("jupytext", reason="needs the extra 'notebooks': pip install -e '.[notebooks]'")
 nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks': pip install -e '.[notebooks]'")
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
-SCRIPT = ROOT / "scripts" / "notebooks.py"
 RESULTS = ROOT / "results"
 OF_A_MACHINE = re.compile(
     r"(?<![\w.])/(home|root|tmp|usr|work|Users|opt|var)/|site-packages|Traceback|ipykernel_\d|0x[0-9a-f]{8}"
@@ -44,12 +43,6 @@ def pictures(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-def run_script(*arguments, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=600
-    )
-
-
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
     """The committed results in a folder of their own, so that figures are written there."""
@@ -76,33 +69,35 @@ def test_a_notebook_shows_what_the_results_say(source, elsewhere):
     assert all((RESULTS / "figures" / f"{name}.svg").exists() for name in written)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_a_pair_is_in_step_and_holds_its_outputs(source):
-    notebook = committed(source)
-    cells = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
-    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == cells
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert pictures(notebook) and notebook.cells[0].source.startswith("# ")
-    assert re.search(r"\bn = \d|seeds? ", " ".join(words(notebook)))
+def test_a_pair_is_in_step_and_holds_its_outputs():
+    for source in SOURCES:
+        with naming(source):
+            notebook = committed(source)
+            cells = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+            assert [(cell.cell_type, cell.source) for cell in notebook.cells] == cells
+            code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+            assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+            assert pictures(notebook) and notebook.cells[0].source.startswith("# ")
+            assert re.search(r"\bn = \d|seeds? ", " ".join(words(notebook)))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
-def test_a_committed_notebook_is_small_and_tells_nothing_of_the_machine(source):
-    path = source.with_suffix(".ipynb")
-    assert path.stat().st_size < 500_000
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert set(notebook["metadata"]) == {"jupytext", "kernelspec", "language_info"}
-    assert notebook["metadata"]["language_info"] == {"name": "python"}
-    assert [cell["id"] for cell in notebook["cells"]] == [
-        f"{source.stem[:50]}-{i}" for i in range(len(notebook["cells"]))
-    ]
-    for cell in notebook["cells"]:
-        assert cell["metadata"] == {}
-        for output in cell.get("outputs", []):
-            assert output["output_type"] != "error" and output.get("name") != "stderr"
-            output.get("data", {}).pop("image/png", None)
-            assert not OF_A_MACHINE.search(json.dumps(output))
+def test_a_committed_notebook_is_small_and_tells_nothing_of_the_machine():
+    for source in SOURCES:
+        with naming(source):
+            path = source.with_suffix(".ipynb")
+            assert path.stat().st_size < 500_000
+            notebook = json.loads(path.read_text(encoding="utf-8"))
+            assert set(notebook["metadata"]) == {"jupytext", "kernelspec", "language_info"}
+            assert notebook["metadata"]["language_info"] == {"name": "python"}
+            assert [cell["id"] for cell in notebook["cells"]] == [
+                f"{source.stem[:50]}-{i}" for i in range(len(notebook["cells"]))
+            ]
+            for cell in notebook["cells"]:
+                assert cell["metadata"] == {}
+                for output in cell.get("outputs", []):
+                    assert output["output_type"] != "error" and output.get("name") != "stderr"
+                    output.get("data", {}).pop("image/png", None)
+                    assert not OF_A_MACHINE.search(json.dumps(output))
 
 
 def test_no_figure_is_left_over():
@@ -129,31 +124,37 @@ figures.save(figure, "small")
 """
 
 
-def test_running_twice_changes_nothing(tmp_path):
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module; the environment that it changes is put back."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    return load(ROOT / "scripts" / "notebooks.py")
+
+
+def test_running_twice_changes_nothing(script, tmp_path, monkeypatch, capsys):
     source = tmp_path / "small.py"
     source.write_text(SMALL)
-    first = run_script(source, INCRELORA_RESULTS=str(tmp_path), MPLBACKEND="agg")
-    assert first.returncode == 0 and first.stdout.startswith("written"), first.stderr
+    monkeypatch.setenv("INCRELORA_RESULTS", str(tmp_path))
+    assert call(script, monkeypatch, source) == 0 and capsys.readouterr().out.startswith("written")
     target, drawing = source.with_suffix(".ipynb"), tmp_path / "figures" / "small.svg"
     before = target.read_bytes(), drawing.read_bytes(), target.stat().st_mtime_ns
     assert pictures(jupytext.read(target)) == 1
-    second = run_script(source, INCRELORA_RESULTS=str(tmp_path))
-    assert second.stdout.startswith("unchanged"), second.stderr
+    assert call(script, monkeypatch, source) == 0 and capsys.readouterr().out.startswith("unchanged")
     assert (target.read_bytes(), drawing.read_bytes(), target.stat().st_mtime_ns) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
+def test_a_notebook_that_fails_is_said_and_not_written(script, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "bad.py"
+    for text, said in [
         ("# %%\n1 / 0\n", "bad.py failed: ZeroDivisionError: division by zero"),
         ("# %%\nimport warnings\nwarnings.warn('old')\n", "bad.py wrote to stderr"),
         (None, "bad.py is no notebook"),
-    ],
-)
-def test_a_notebook_that_fails_is_said_and_not_written(tmp_path, text, said):
-    source = tmp_path / "bad.py"
-    if text:
-        source.write_text(text)
-    done = run_script(source)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-    assert not source.with_suffix(".ipynb").exists()
+    ]:
+        with naming(said):
+            source.unlink(missing_ok=True)
+            if text:
+                source.write_text(text)
+            assert call(script, monkeypatch, source) == 2
+            error = capsys.readouterr().err
+            assert said in error and "Traceback" not in error
+            assert not source.with_suffix(".ipynb").exists()

@@ -2,20 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from in_process import call, load
 
-SCRIPT = ROOT / "scripts" / "check_parity.py"
 TRACE = ROOT / "tests" / "reference_trace"
 
 
-def check(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, timeout=300)
+script = load(ROOT / "scripts" / "check_parity.py")
 
 
 # transformers takes the loss in float32, whose last bit torch's plain kernels compute otherwise than its AVX ones
@@ -25,21 +21,23 @@ plain = pytest.mark.skipif(
 
 
 @plain
-def test_the_authors_run_is_reproduced():
-    done = check(TRACE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("selection identical") == 8 and "parity: passed" in done.stdout
+def test_the_authors_run_is_reproduced(monkeypatch, capsys):
+    code = call(script, monkeypatch, TRACE)
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert said.count("selection identical") == 8 and "parity: passed" in said
 
 
-def test_a_trace_that_differs_is_noticed(tmp_path):
+def test_a_trace_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     shutil.copytree(TRACE, tmp_path / "trace")
     trace = json.loads((TRACE / "trace.json").read_text())
     trace["hyperparameters"]["beta1"] = 0.86
     (tmp_path / "trace" / "trace.json").write_text(json.dumps(trace))
-    done = check(tmp_path / "trace")
-    assert done.returncode == 1 and "parity: FAILED" in done.stdout
+    assert call(script, monkeypatch, tmp_path / "trace") == 1
+    assert "parity: FAILED" in capsys.readouterr().out
 
 
-def test_a_missing_trace_is_said_in_a_line(tmp_path):
-    done = check(tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "trace.json is missing" in done.stderr
+def test_a_missing_trace_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    assert call(script, monkeypatch, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "trace.json is missing" in said

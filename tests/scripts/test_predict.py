@@ -8,12 +8,15 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from finished_runs import SYNTHETIC, call, finished, module
+from finished_runs import SYNTHETIC, finished
+from in_process import call, load
+from naming import naming
+from warm_python import python
 
 from increlora.glue import finished_run, token_cache
 from increlora.linear import IncrementalLinear
 
-script = module(ROOT / "scripts" / "predict.py")
+script = load(ROOT / "scripts" / "predict.py")
 LABELS = ["entailment", "not_entailment"]
 PAIRS = [("all dogs are wet" + " and cold" * (7 * i % 11), f"some poodles are soaked {i}") for i in range(70)]
 
@@ -61,7 +64,7 @@ def test_tsv_to_tsv(run_dir, expected, tmp_path, monkeypatch, capsys):
 
 def test_json_lines_from_standard_input_on_the_command_line(run_dir, expected):
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "predict.py", run_dir, "-", "device=cpu"],
+        [python(), ROOT / "scripts" / "predict.py", run_dir, "-", "device=cpu"],
         input=jsonl(*PAIRS), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -172,29 +175,33 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD.values(), ids=BAD)
-def test_bad_rows_are_named_and_leave_what_was_there(run_dir, tmp_path, monkeypatch, capsys, name, content, said):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    (tmp_path / "out").write_text("before")
-    arguments = (tmp_path / name, "--output", tmp_path / "out", "--batch-size", 1)
-    assert call(script, monkeypatch, run_dir, *arguments) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.startswith("error: ") and error.count("\n") <= 2
-    assert (tmp_path / "out").read_text() == "before" and len(list(tmp_path.iterdir())) == 2
+def test_bad_rows_are_named_and_leave_what_was_there(run_dir, tmp_path, monkeypatch, capsys):
+    for case, (name, content, said) in BAD.items():
+        with naming(case):
+            folder = tmp_path / case
+            folder.mkdir()
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            (folder / "out").write_text("before")
+            arguments = (folder / name, "--output", folder / "out", "--batch-size", 1)
+            assert call(script, monkeypatch, run_dir, *arguments) == 2
+            error = capsys.readouterr().err
+            assert said in error and error.startswith("error: ") and error.count("\n") <= 2
+            assert (folder / "out").read_text() == "before" and len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("last", ["\n", "\r\n", "  ", " \n"], ids=repr)
-@pytest.mark.parametrize("kind", ["tsv", "jsonl"])
-def test_an_empty_last_line_is_no_row(run_dir, tmp_path, monkeypatch, kind, last):
-    content = {"tsv": tsv, "jsonl": jsonl}[kind](GOOD, GOOD)
-    (tmp_path / "in").write_bytes((content + last).encode())
-    out = tmp_path / "out"
-    with (tmp_path / "in").open() as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        for source in (tmp_path / "in", "-"):
-            assert call(script, monkeypatch, run_dir, source, "--format", kind, "--output", out) == 0
-            assert len(out.read_text().splitlines()) == 2 + (kind == "tsv")
-            out.unlink()
+def test_an_empty_last_line_is_no_row(run_dir, tmp_path, monkeypatch):
+    for kind in ["tsv", "jsonl"]:
+        for last in ["\n", "\r\n", "  ", " \n"]:
+            with naming((last, kind)):
+                content = {"tsv": tsv, "jsonl": jsonl}[kind](GOOD, GOOD)
+                (tmp_path / "in").write_bytes((content + last).encode())
+                out = tmp_path / "out"
+                with (tmp_path / "in").open() as stdin:
+                    monkeypatch.setattr(sys, "stdin", stdin)
+                    for source in (tmp_path / "in", "-"):
+                        assert call(script, monkeypatch, run_dir, source, "--format", kind, "--output", out) == 0
+                        assert len(out.read_text().splitlines()) == 2 + (kind == "tsv")
+                        out.unlink()
 
 
 @pytest.mark.parametrize("wrong", [(), ("--batch-size", 0)], ids=["columns", "batch size"])

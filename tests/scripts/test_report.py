@@ -1,6 +1,5 @@
 """scripts/report.py: the page of every committed run read back, odd runs, bad input, and a look at it in a browser."""
 
-import importlib.util
 import itertools
 import json
 import re
@@ -14,26 +13,21 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
+from in_process import load
+from naming import naming
+from warm_python import python
 
 from increlora import result_files
 from increlora.glue import config
 from increlora.matrices import rank_map
 
 SCRIPT, RUNS = ROOT / "scripts" / "report.py", ROOT / "results" / "runs"
-FILES = sorted(RUNS.glob("minilm/r2/*/mrpc/*/*.json")) + sorted(RUNS.glob("minilm/r2/*/stsb/*/*.json"))
-INCRELORA = next(path for path in FILES if "increlora/mrpc/experiment=minilm_comparison" in path.as_posix())
+INCRELORA = next(RUNS.glob("minilm/r2/increlora/mrpc/experiment=minilm_comparison*/*.json"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "br", "rect", "line", "polyline", "circle"}
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load()
+script = load(SCRIPT)
 
 
 class Page(HTMLParser):
@@ -77,99 +71,114 @@ class Page(HTMLParser):
         return next((table for table in self.tables if table[0][: len(head)] == list(head)), None)
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda path: "-".join(path.relative_to(RUNS).parts[2:4]))
-def run(request):
-    result = result_files.read(request.param)
-    return result, Page(script.report(result))
+@pytest.fixture(scope="module")
+def pages() -> dict[str, tuple[dict, Page]]:
+    """Method and task -> result and page of one committed run of each, however many seeds and settings there are."""
+    one_of_each = {path.relative_to(RUNS).parts[2:4]: path for path in sorted(RUNS.glob("*/*/*/*/*/*.json"))}
+    assert len({method for method, _ in one_of_each}) > 5
+    read = {" ".join(kind): result_files.read(path) for kind, path in sorted(one_of_each.items())}
+    return {name: (result, Page(script.report(result))) for name, result in read.items()}
 
 
 def changed(**parts):
     return json.loads(INCRELORA.read_text()) | parts
 
 
-# the pages of all committed runs
+# the pages of committed runs, one of every method and task
 
 
-def test_nothing_leaves_the_file(run):
-    _, page = run
-    assert not {"script", "link", "img", "iframe", "object", "base", "a"} & {tag for tag, _ in page.tags}
-    outside = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "background"}
-    assert not any(outside & set(attributes) for _, attributes in page.tags)
-    styles = page.text("style") + " ".join(attributes.get("style", "") for _, attributes in page.tags)
-    assert "url(" not in styles and "@import" not in styles and "--paper" in styles
+def test_nothing_leaves_the_file(pages):
+    for name, (_, page) in pages.items():
+        with naming(name):
+            assert not {"script", "link", "img", "iframe", "object", "base", "a"} & {tag for tag, _ in page.tags}
+            outside = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "background"}
+            assert not any(outside & set(attributes) for _, attributes in page.tags)
+            styles = page.text("style") + " ".join(attributes.get("style", "") for _, attributes in page.tags)
+            assert "url(" not in styles and "@import" not in styles and "--paper" in styles
 
 
-def test_it_can_be_read_without_eyes(run):
-    _, page = run
-    assert page.attributes("html") == [{"lang": "en"}] and page.text("title")
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids)) > 0
-    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
-    assert len(page.attributes("caption")) == len(page.attributes("table")) > 0
-    assert all(attributes.get("scope") in ("col", "row") for attributes in page.attributes("th"))
-    for attributes in page.attributes("svg"):
-        named = attributes.get("aria-label") or set(attributes["aria-labelledby"].split()) <= set(ids)
-        assert attributes["role"] == "img" and named
+def test_it_can_be_read_without_eyes(pages):
+    for name, (_, page) in pages.items():
+        with naming(name):
+            assert page.attributes("html") == [{"lang": "en"}] and page.text("title")
+            ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+            assert len(ids) == len(set(ids)) > 0
+            levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+            assert levels[0] == 1 and levels.count(1) == 1
+            assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+            assert len(page.attributes("caption")) == len(page.attributes("table")) > 0
+            assert all(attributes.get("scope") in ("col", "row") for attributes in page.attributes("th"))
+            for attributes in page.attributes("svg"):
+                named = attributes.get("aria-label") or set(attributes["aria-labelledby"].split()) <= set(ids)
+                assert attributes["role"] == "img" and named
 
 
-def test_every_value_is_there(run):
-    result, page = run
-    text, cost = page.text(), result["cost"]
-    primary = {"mrpc": "accuracy", "stsb": "mean of pearson and spearmanr"}[result["run"]["task"]]
-    assert f"The score is {primary} on dev." in text
-    for choice, score in result["scores"].items():
-        assert f"{choice}" in page.text("li") and f"{100 * score['score']:.2f}" in page.text("strong")
-        assert f"step {score['step']:,}" in text
-    metrics = page.table("metric", "best", "last")
-    for metric, value in result["scores"]["best"]["metrics"]["dev"].items():
-        shown = f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f}"
-        assert metric == "score" or [row[1] for row in metrics if row[0] == f"dev {metric}"] == [shown]
-    counts = dict((row[0], row[1]) for row in page.table("part"))
-    assert {kind: f"{count:,}" for kind, count in result["parameters"]["best"].items()}.items() <= counts.items()
-    measured = dict(row for row in page.table("what", "how much"))
-    assert measured["steps"] == f"{cost['steps']:,}" and measured["tokens"] == f"{cost['tokens']:,}"
-    assert measured["padding"].startswith(f"{100 * cost['padded_tokens'] / cost['tokens']:.1f}%")
-    assert measured["peak memory"] == f"{cost['peak_memory_mb']:,.0f} MB"
-    assert dict(row for row in page.table("what", "which"))["torch"] == result["code"]["versions"]["torch"]
-    for value in (result["code"]["commit"], result["data"]["fingerprint"], result["data"]["source"]):
-        assert value in text
-    assert "without uncommitted changes" in text and "Uncommitted" not in text
-    shown = re.search(r"learning_rate: (\S+)", page.text("pre"))  # YAML writes 3.0e-05 for 3e-05
-    assert float(shown[1]) == result["config"]["train"]["learning_rate"]
-    assert [row[0] for row in page.table("step", "epoch")[1:]] == [f"{p['step']:,}" for p in result["curve"]]
+def test_every_value_is_there(pages):
+    for name, (result, page) in pages.items():
+        with naming(name):
+            text, cost = page.text(), result["cost"]
+            primary = result["config"]["task"]["primary"]
+            primary = primary if isinstance(primary, str) else f"mean of {' and '.join(primary)}"
+            assert f"The score is {primary} on dev." in text
+            for choice, score in result["scores"].items():
+                assert f"{choice}" in page.text("li") and f"{100 * score['score']:.2f}" in page.text("strong")
+                assert f"step {score['step']:,}" in text
+            metrics = page.table("metric", "best", "last")
+            for metric, value in result["scores"]["best"]["metrics"]["dev"].items():
+                shown = f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f}"
+                assert metric == "score" or [row[1] for row in metrics if row[0] == f"dev {metric}"] == [shown]
+            counts = dict((row[0], row[1]) for row in page.table("part"))
+            assert {
+                kind: f"{count:,}" for kind, count in result["parameters"]["best"].items()
+            }.items() <= counts.items()
+            measured = dict(row for row in page.table("what", "how much"))
+            assert measured["steps"] == f"{cost['steps']:,}" and measured["tokens"] == f"{cost['tokens']:,}"
+            assert measured["padding"].startswith(f"{100 * cost['padded_tokens'] / cost['tokens']:.1f}%")
+            assert measured["peak memory"] == f"{cost['peak_memory_mb']:,.0f} MB"
+            assert dict(row for row in page.table("what", "which"))["torch"] == result["code"]["versions"]["torch"]
+            for value in (result["code"]["commit"], result["data"]["fingerprint"], result["data"]["source"]):
+                assert value in text
+            assert "without uncommitted changes" in text and "Uncommitted" not in text
+            shown = re.search(r"learning_rate: (\S+)", page.text("pre"))  # YAML writes 3.0e-05 for 3e-05
+            assert float(shown[1]) == result["config"]["train"]["learning_rate"]
+            assert [row[0] for row in page.table("step", "epoch")[1:]] == [f"{p['step']:,}" for p in result["curve"]]
 
 
-def test_ranks_and_their_changes_are_those_of_the_run(run):
-    result, page = run
-    final, allocations = result["ranks"]["last"], result["allocations"]
-    table, words = page.table("layer"), page.table("step", "total", "what changed")
-    assert (table is None) == (not final) == ("Ranks" not in page.text("h2").split())
-    assert (words is None) == (not allocations) == (len(page.attributes("svg")) == 1)
-    if final:
-        shown = [[int(cell.split()[-1]) for cell in row[1:]] for row in table[1:]]
-        assert shown == rank_map(final, result["config"]["method"]["kinds"])[2]
-    if allocations:
-        assert len(words) == 1 + len(allocations) and words[-1][1] == str(sum(final.values()))
-        for row, allocation in zip(words[1:], allocations, strict=True):
-            signed = [int(number.replace("\N{MINUS SIGN}", "-")) for number in re.findall(r"[+\u2212]\d+", row[2])]
-            assert signed == list(allocation["added"].values())
-        scored = [table for table in page.tables if table[0][0] == "layer"][1:]
-        assert len(scored) == sum(bool(allocation["scores"]) for allocation in allocations)
-        for table, allocation in zip(scored, allocations, strict=False):
-            grown = [cell for row in table for cell in row if "(+" in cell]
-            assert [int(cell.split("(")[1][:-1]) for cell in grown] == list(allocation["added"].values())
-            chosen = [allocation["scores"][matrix] for matrix in allocation["added"]]
-            assert sorted(float(cell.split()[0]) for cell in grown) == pytest.approx(sorted(chosen), rel=0.06)
+def test_ranks_and_their_changes_are_those_of_the_run(pages):
+    for name, (result, page) in pages.items():
+        with naming(name):
+            final, allocations = result["ranks"]["last"], result["allocations"]
+            table, words = page.table("layer"), page.table("step", "total", "what changed")
+            assert (table is None) == (not final) == ("Ranks" not in page.text("h2").split())
+            assert (words is None) == (not allocations) == (len(page.attributes("svg")) == 1)
+            if final:
+                shown = [[int(cell.split()[-1]) for cell in row[1:]] for row in table[1:]]
+                assert shown == rank_map(final, result["config"]["method"]["kinds"])[2]
+            if allocations:
+                assert len(words) == 1 + len(allocations) and words[-1][1] == str(sum(final.values()))
+                for row, allocation in zip(words[1:], allocations, strict=True):
+                    signed = [
+                        int(number.replace("\N{MINUS SIGN}", "-")) for number in re.findall(r"[+\u2212]\d+", row[2])
+                    ]
+                    assert signed == list(allocation["added"].values())
+                scored = [table for table in page.tables if table[0][0] == "layer"][1:]
+                assert len(scored) == sum(bool(allocation["scores"]) for allocation in allocations)
+                for table, allocation in zip(scored, allocations, strict=False):
+                    grown = [cell for row in table for cell in row if "(+" in cell]
+                    assert [int(cell.split("(")[1][:-1]) for cell in grown] == list(allocation["added"].values())
+                    chosen = [allocation["scores"][matrix] for matrix in allocation["added"]]
+                    assert sorted(float(cell.split()[0]) for cell in grown) == pytest.approx(sorted(chosen), rel=0.06)
 
 
-def test_the_command_line_is_the_run(run):
-    result, page = run
-    words = shlex.split(page.text("pre").partition("python run.py ")[2].partition(" seed: ")[0])
-    cfg = config.load(words)
-    identity = ("backbone", "budget", "method", "task", "seed", "recipe", "overrides")
-    assert {key: config.identity(cfg, words)[key] for key in identity} == {key: result["run"][key] for key in identity}
+def test_the_command_line_is_the_run(pages):
+    for name, (result, page) in pages.items():
+        with naming(name):
+            words = shlex.split(page.text("pre").partition("python run.py ")[2].partition(" seed: ")[0])
+            cfg = config.load(words)
+            identity = ("backbone", "budget", "method", "task", "seed", "recipe", "overrides")
+            assert {key: config.identity(cfg, words)[key] for key in identity} == {
+                key: result["run"][key] for key in identity
+            }
 
 
 # runs that are unlike those
@@ -238,10 +247,15 @@ def test_few_maps_of_many_changes_start_and_end_with_the_run():
     assert sum(map(sum, maps[0][1])) == 108 and sum(map(sum, maps[-1][1])) == 72
 
 
-@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_colours_keep_their_distance(scheme):
+def test_colours_keep_their_distance():
     """WCAG 2 contrast: 4.5 for text, also on the strongest and faintest cell of a map; 3 for lines."""
-    style = re.findall(r":root \{(.*?)\}", Page(script.report(changed())).text("style"))[scheme]
+    styles = re.findall(r":root \{(.*?)\}", Page(script.report(changed())).text("style"))
+    for scheme, style in zip(("light", "dark"), styles, strict=False):
+        with naming(scheme):
+            assert_contrast(style)
+
+
+def assert_contrast(style: str) -> None:
     colours = {key: value * (2 if len(value) == 3 else 1) for key, value in re.findall(r"--(\w+): #(\w+)", style)}
 
     def luminance(colour):
@@ -270,28 +284,26 @@ def test_it_is_written_beside_the_result_and_the_same_every_time(tmp_path, monke
     call(monkeypatch, tmp_path)
     assert capsys.readouterr().out.split() == ["report:", str(tmp_path / "result.html")]
     again = tmp_path / "again.html"  # from another process, whose hashes differ
-    subprocess.run([sys.executable, SCRIPT, INCRELORA, "--output", again], check=True, capture_output=True)
+    subprocess.run([python(), SCRIPT, INCRELORA, "--output", again], check=True, capture_output=True)
     assert again.read_bytes() == (tmp_path / "result.html").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_what_is_no_result_is_refused_in_two_lines(tmp_path, monkeypatch, capsys):
+    for content, message in [
         (None, "cannot read the result file"),
         ("{", "cannot read the result file"),
         ("[1]", "is not the result of a run: it has no status, run, code.\nGive a run directory"),
         ('{"run": {}}', "is not the result of a run: it has no status, code, data.\n"),
-    ],
-)
-def test_what_is_no_result_is_refused_in_two_lines(content, message, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "result.json"
-    if content:
-        path.write_text(content)
-    with pytest.raises(SystemExit) as left:
-        call(monkeypatch, tmp_path)
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and message in said and str(path) in said and len(said.splitlines()) <= 2
-    assert not path.with_suffix(".html").exists()
+    ]:
+        with naming((content, message)):
+            path = tmp_path / "result.json"
+            if content:
+                path.write_text(content)
+            with pytest.raises(SystemExit) as left:
+                call(monkeypatch, tmp_path)
+            said = capsys.readouterr().err
+            assert left.value.code == 2 and message in said and str(path) in said and len(said.splitlines()) <= 2
+            assert not path.with_suffix(".html").exists()
 
 
 def test_a_report_that_cannot_be_written_is_said_in_two_lines(tmp_path, monkeypatch, capsys):

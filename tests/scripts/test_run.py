@@ -1,4 +1,4 @@
-"""run.py as a person uses it: one run from command line to result file, and its errors, in subprocesses."""
+"""run.py as a person uses it: one run from command line to result file, and its errors, in processes of their own."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import time
 
 import pytest
 from conftest import ROOT
+from naming import naming
+from warm_python import python
 
 SMALL = [
     "backbone=tiny", "task=synthetic_entailment", "task.train_size=400", "task.dev_size=60", "train.batch_size=20",
@@ -18,9 +20,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(*overrides: str, cwd=None, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    *overrides: str, cwd=None, timeout: float = 300, cold: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """The finished process; a cold one loads its libraries itself, in the given environment."""
     return subprocess.run(
-        [sys.executable, ROOT / "run.py", *overrides],
+        [sys.executable if cold else python(), ROOT / "run.py", *overrides],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -30,7 +35,7 @@ def run(*overrides: str, cwd=None, timeout: float = 300, **environment: str) -> 
 
 
 def test_a_run_from_command_line_to_result_file_and_again(tmp_path):
-    first = run(*SMALL, cwd=tmp_path)
+    first = run(*SMALL, cwd=tmp_path, cold=True)
     assert first.returncode == 0, first.stderr
     (path,) = tmp_path.rglob("result.json")
     assert path.relative_to(tmp_path).parts[:5] == ("runs", "tiny", "r2", "increlora", "synthetic_entailment")
@@ -76,11 +81,16 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_are_two_lines_fast_and_leave_nothing_behind(tmp_path, name):
-    overrides, said = ERRORS[name]
+def test_errors_are_two_lines_fast_and_leave_nothing_behind(tmp_path):
+    for name, (overrides, said) in ERRORS.items():
+        with naming(name):
+            assert_refused(name, overrides, said, tmp_path)
+
+
+def assert_refused(name: str, overrides: list[str], said: str, tmp_path) -> None:
     # well below the 48 s for which the hub's own clients would retry, also on a busy machine
-    done = run(*overrides, cwd=tmp_path, timeout=40 if "network" in name else 300, **NO_HUB)
+    of_network = "network" in name
+    done = run(*overrides, cwd=tmp_path, timeout=40 if of_network else 300, cold=of_network, **NO_HUB)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") <= 2
     assert not list(tmp_path.iterdir())
@@ -93,7 +103,7 @@ def test_a_traceback_is_there_for_those_who_ask(tmp_path):
 
 def interrupted(tmp_path, folder: str, number: int, *overrides: str) -> subprocess.CompletedProcess:
     """A run that gets a signal once it has recorded a few steps."""
-    command = [sys.executable, ROOT / "run.py", *SMALL, "tracker=jsonl", f"run_dir={folder}", *overrides]
+    command = [python(), ROOT / "run.py", *SMALL, "tracker=jsonl", f"run_dir={folder}", *overrides]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     record = tmp_path / folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -146,7 +156,7 @@ def test_data_that_changed_between_start_and_resume_is_refused(tmp_path):
     arguments = [o for o in SMALL if not o.startswith("task")]
     arguments += ["task=rte", "task.data_dir=data", "task.max_length=32", "train.epochs=40"]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "run.py", *arguments, "tracker=jsonl", "run_dir=cut"], cwd=tmp_path,
+        [python(), ROOT / "run.py", *arguments, "tracker=jsonl", "run_dir=cut"], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not (tmp_path / "cut" / "metrics.jsonl").exists() or not (tmp_path / "cut" / "metrics.jsonl").read_text():

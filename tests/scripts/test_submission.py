@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from finished_runs import call, finished, module
+from finished_runs import finished
+from in_process import call, load
+from naming import naming
 from test_tasks import LAYOUTS, row, task_of, write
 
 from increlora.glue import finished_run, tasks
 
-script = module(ROOT / "scripts" / "submit_glue.py")
+script = load(ROOT / "scripts" / "submit_glue.py")
 SENTENCES = ["all dogs are wet", "no trees are old", "some fish are big", "most birds are tired", "bees are red"]
 ROWS = {"CoLA": 5, "SST-2": 4, "MRPC": 3, "STS-B": 5, "QQP": 4, "MNLI-m": 3, "MNLI-mm": 4, "QNLI": 5, "RTE": 4,
         "WNLI": 3, "AX": 5}  # fmt: skip
@@ -218,8 +220,9 @@ def test_the_hub_is_asked_for_the_same_sets(monkeypatch):
     assert sorted(asked) == sorted([*plain, ("mnli", "test_matched"), ("mnli", "test_mismatched"), ("ax", "test")])
 
 
-@pytest.mark.parametrize("name", ["CoLA", "SST-2", "MRPC", "STS-B", "RTE", "WNLI"])
-def test_the_public_files_have_as_many_rows_as_the_server_expects(shared, name):
-    part = script.PARTS[name]
-    texts = script.test_set(task_of(part.task, data_dir=str(shared / "glue")), part, name)
-    assert len(texts) == LINES[name] - 1 and all(text.strip() for pair in texts for text in pair)
+def test_the_public_files_have_as_many_rows_as_the_server_expects(shared):
+    for name in ["CoLA", "SST-2", "MRPC", "STS-B", "RTE", "WNLI"]:
+        with naming(name):
+            part = script.PARTS[name]
+            texts = script.test_set(task_of(part.task, data_dir=str(shared / "glue")), part, name)
+            assert len(texts) == LINES[name] - 1 and all(text.strip() for pair in texts for text in pair)

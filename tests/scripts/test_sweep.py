@@ -1,7 +1,6 @@
 """Sweeps: which runs there are, what depends on what; a kill or a failure loses nothing and repeats nothing."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -13,16 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from in_process import load
+from naming import naming
+from warm_python import python
 
 from increlora.errors import UserError
 from increlora.glue import config, sweep_plan
 from increlora.glue.sweep_queue import Sweep
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
-spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
-sweep = importlib.util.module_from_spec(spec)
-sys.modules["sweep"] = sweep  # dataclasses look their module up
-spec.loader.exec_module(sweep)
+sweep = load(SCRIPT)
 
 BEST = {"best_of": [0.1, 0.2, 0.3], "split": "holdout", "seed": 40}
 STUDY = {
@@ -71,16 +70,14 @@ def test_an_override_chooses_among_values_or_goes_to_every_run():
             sweep_plan.parted(STUDY, [wrong])
 
 
-@pytest.mark.parametrize(
-    ("scores", "best"), [((0.5, 0.7, 0.6), 0.2), ((0.7, 0.7, 0.6), 0.1), ((0.5, 0.6, 0.9), 0.2)], ids=str
-)
-def test_the_best_trial_is_the_best_at_its_end(scores, best):
-    (run,) = (
-        run for run in sweep_plan.expand(STUDY, {"task": ["rte"], "seed": ["1"], "method": ["lora"]}, {}) if run.needs
-    )
-    for trial, score in zip(run.needs, scores, strict=True):
-        trial.result = result(score, "diverged" if score == 0.9 else "finished")  # one that diverged is never best
-    assert sweep_plan.final(run, "train.learning_rate") == best
+def test_the_best_trial_is_the_best_at_its_end():
+    for scores, best in [((0.5, 0.7, 0.6), 0.2), ((0.7, 0.7, 0.6), 0.1), ((0.5, 0.6, 0.9), 0.2)]:
+        with naming((scores, best)):
+            runs = sweep_plan.expand(STUDY, {"task": ["rte"], "seed": ["1"], "method": ["lora"]}, {})
+            (run,) = (run for run in runs if run.needs)
+            for trial, score in zip(run.needs, scores, strict=True):  # one that diverged is never best
+                trial.result = result(score, "diverged" if score == 0.9 else "finished")
+            assert sweep_plan.final(run, "train.learning_rate") == best
 
 
 def test_a_value_may_be_chosen_by_the_mean_over_seeds():
@@ -149,33 +146,24 @@ def test_the_time_left_is_that_of_finished_runs_like_it():
     assert queue.counts() == "1/3 (10 s left)"
 
 
-SWEEPS = [
-    pytest.param(
-        path, id=path.stem, marks=pytest.mark.xfail(strict=True, reason="configs/backbone has no mpnet_base yet")
-    )
-    if path.stem == "study_b"
-    else pytest.param(path, id=path.stem)
-    for path in sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
-]
-
-
-@pytest.mark.parametrize("path", SWEEPS)
-def test_every_run_of_every_sweep_composes(path):
-    described = sweep_plan.read_sweep(path.stem)
-    assert path.read_text().startswith(f"# python scripts/sweep.py {path.stem}") and described["about"]
-    seen = set()
-    for run in sweep_plan.expand(described, {}, {}):
-        kind = tuple(str(run.settings.get(key)) for key in ("method", "budget", "experiment", "recipe"))
-        if kind not in seen and not run.needs:
-            seen.add(kind)
-            sweep_plan.resolve(run)
-    assert seen
+def test_every_run_of_every_sweep_composes():
+    for path in sorted((ROOT / "configs" / "sweep").glob("*.yaml")):
+        with naming(path):
+            described = sweep_plan.read_sweep(path.stem)
+            assert path.read_text().startswith(f"# python scripts/sweep.py {path.stem}") and described["about"]
+            seen = set()
+            for run in sweep_plan.expand(described, {}, {}):
+                kind = tuple(str(run.settings.get(key)) for key in ("method", "budget", "experiment", "recipe"))
+                if kind not in seen and not run.needs:
+                    seen.add(kind)
+                    sweep_plan.resolve(run)
+            assert seen
 
 
 def test_bad_sweeps(tmp_path):
     (tmp_path / "odd.yaml").write_text("about: x\nrun: []\n")
     for arguments, words in ((["nosuch"], "there is: controls"), ([str(tmp_path / "odd.yaml")], "a sweep has about")):
-        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([python(), SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") <= 2
 
 
@@ -202,14 +190,15 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "said"), BAD.values(), ids=BAD)
-def test_a_bad_file_is_named(tmp_path, content, said):
-    path = tmp_path / "bad.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as raised:
-        sweep_plan.read_sweep(str(path))
-    message = str(raised.value)
-    assert message.startswith(str(path)) and said in message and "\n" not in message
+def test_a_bad_file_is_named(tmp_path):
+    for content, said in BAD.values():
+        with naming((content, said)):
+            path = tmp_path / "bad.yaml"
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            with pytest.raises(UserError) as raised:
+                sweep_plan.read_sweep(str(path))
+            message = str(raised.value)
+            assert message.startswith(str(path)) and said in message and "\n" not in message
 
 
 REFUSED = {
@@ -222,15 +211,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "said"), REFUSED.items(), ids=REFUSED)
-def test_what_a_sweep_cannot_do_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
-    path = write_sweep(tmp_path, [{"seed": 1}])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path), *arguments.split(), "--dry-run"])
-    with pytest.raises(SystemExit) as stop:
-        sweep.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"error: {arguments}: {said}") and error.count("\n") <= 2
+def test_what_a_sweep_cannot_do_is_refused(tmp_path, monkeypatch, capsys):
+    for arguments, said in REFUSED.items():
+        with naming((arguments, said)):
+            path = write_sweep(tmp_path, [{"seed": 1}])
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(sys, "argv", ["sweep.py", str(path), *arguments.split(), "--dry-run"])
+            with pytest.raises(SystemExit) as stop:
+                sweep.main()
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.startswith(f"error: {arguments}: {said}") and error.count("\n") <= 2
 
 
 def test_what_a_sweep_cannot_do_is_refused_in_its_file_too():
@@ -255,7 +245,7 @@ def write_sweep(folder: Path, blocks: list[dict], **common) -> Path:
 
 
 def start(path: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, SCRIPT, path, *arguments]
+    command = [python(), SCRIPT, path, *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command, cwd=path.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,24 +1,18 @@
 """The committed tables are those of the result files, and stand in the pages between their markers."""
 
-import importlib.util
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from in_process import call, load
 
 from increlora import result_files
 
-spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "tables.py")
-tables = importlib.util.module_from_spec(spec)
-sys.modules["tables"] = tables
-spec.loader.exec_module(tables)
+tables = load(ROOT / "scripts" / "tables.py")
 
 
-def test_no_table_is_stale():
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "tables.py", "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_no_table_is_stale(monkeypatch, capsys):
+    assert call(tables, monkeypatch, "--check") == 0, capsys.readouterr().out
 
 
 def test_committed_results_are_finished_clean_runs_without_paths_of_a_machine():
