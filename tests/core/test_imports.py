@@ -34,6 +34,7 @@ MORE = {
     "increlora/__init__.py": {"integrations"},  # on first use
     "increlora/distributed.py": {"accelerate"},  # on first use, where a launcher started several processes
     "increlora/glue/export.py": {"integrations"},
+    "baselines/authors.py": {"algorithm"},  # IncreLoRA in another arithmetic
     "baselines/controls.py": {"algorithm"},  # the controls are IncreLoRA but for one decision
 }
 # package -> the only files of the library that import it
