@@ -18,7 +18,8 @@
 # `scripts/benchmark.py` runs one step of every method in turn, so that whatever else the machine does hits all alike.
 # A point is one round: seconds of a step divided by those of LoRA's in the same round; the line is their median.
 # IncreLoRA computes scores in some steps only (57 up to each growth until the budget is spent), so its cost lies
-# between "not scoring" and "scoring"; below the table is what that comes to over two published recipes.
+# between "not scoring" and "scoring"; below the table is what that comes to over two published recipes. With narrow
+# layers a step takes its time to launch operations, as on a GPU with short sentences; it is CPU time there.
 
 # %%
 import itertools
@@ -36,62 +37,86 @@ from increlora.analysis.looks import LOOKS, TASKS
 figures.use_style()
 ARMS = {
     "adalora": ("adalora", "AdaLoRA"),
+    "houlsby": ("houlsby", "Houlsby adapter"),
+    "pfeiffer": ("pfeiffer", "Pfeiffer adapter"),
+    "bitfit": ("bitfit", "BitFit"),
     "increlora, not scoring": ("increlora", "IncreLoRA, not scoring"),
     "increlora, scoring": ("increlora", "IncreLoRA, scoring"),
     "increlora, after growth": ("increlora", "IncreLoRA, budget spent"),
+    "increlora r2": ("increlora", "IncreLoRA r2, budget spent"),
+    "increlora r8": ("increlora", "IncreLoRA r8, budget spent"),
+    "increlora r8, growing": ("increlora", "IncreLoRA r8, not scoring"),
+    "increlora r8, scoring": ("increlora", "IncreLoRA r8, scoring"),
+    "increlora r24": ("increlora", "IncreLoRA r24, budget spent"),
     "full": ("full", "full fine-tuning"),
 }
 paths = sorted((selection.RESULTS / "benchmark").glob("*.json"))
-benchmarks = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+# one shape of one file each; files of memory alone have none
+benchmarks = [(measured, shape) for measured in files for shape in measured.get("shapes", {})]
 
 
-def about(measured):
+def about(measured, shape):
     """Backbone, batch, precision and device of a benchmark, in one line."""
     options = measured["options"]
-    batch = f"rank {options['rank']}, batch {options['batch']} × {options['length']} tokens"
-    return f"{options['backbone']}, {batch}, {options['precision']}, {options['device']}"
+    narrow = ", narrow layers" if measured["measure"] == "launch" else ""
+    batch = f"rank {options['rank']}, batch {shape.replace('x', ' × ')} tokens"
+    return f"{options['backbone']}{narrow}, {batch}, {options['precision']}, {options['device']}"
 
 
-for measured in benchmarks:
-    print(f"{about(measured)}: n = {measured['options']['repeats']} rounds on {measured['machine']}")
+for measured, shape in benchmarks:
+    machine = "{processor}, {cores} cores, threads: {threads}, torch {torch}".format(**measured["about"])
+    print(f"{about(measured, shape)}: n = {measured['options']['repeats']} rounds on {machine}")
 
 # %%
-figure, grid = plt.subplots(len(benchmarks), 2, figsize=(7.6, 2.2 * len(benchmarks) + 0.6), squeeze=False, sharey="row")
-for (time, memory), measured in zip(grid, benchmarks, strict=True):
-    shown = [arm for arm in ARMS if arm in measured["seconds"]]
+heights = [0.8 + 0.17 * len(measured["shapes"][shape]["seconds"]) for measured, shape in benchmarks]
+figure, grid = plt.subplots(
+    len(benchmarks), 2, figsize=(7.6, sum(heights)), height_ratios=heights, squeeze=False, sharey="row"
+)
+for (time, memory), (measured, shape) in zip(grid, benchmarks, strict=True):
+    of = measured["shapes"][shape]
+    shown = [arm for arm in ARMS if arm in of["seconds"]]
     for height, arm in enumerate(shown):
         look = LOOKS[ARMS[arm][0]]
-        ratios = np.array(measured["seconds"][arm]) / np.array(measured["seconds"]["lora"])
+        ratios = np.array(of["seconds"][arm]) / np.array(of["seconds"]["lora"])
         figures.draw_with_median(time, height, ratios, look)
-        if arm in measured.get("memory", {}):
-            figures.draw_with_median(memory, height, [measured["memory"][arm] / measured["memory"]["lora"]], look)
-    for axes, label in ((time, "seconds of a step / LoRA's"), (memory, "peak memory / LoRA's, one measurement")):
+        if arm in of.get("memory", {}):
+            figures.draw_with_median(memory, height, [of["memory"][arm] / of["memory"]["lora"]], look)
+    panels = [(time, "seconds of a step / LoRA's"), (memory, "peak memory / LoRA's, one measurement")]
+    if "memory" not in of:
+        memory.set_axis_off()
+        panels.pop()
+    for axes, label in panels:
         axes.axvline(1, color=LOOKS["lora"].color, linewidth=1.2, zorder=1)
         axes.text(1.01, -0.62, "LoRA", color=LOOKS["lora"].color, va="top", fontsize=8)
         axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
     time.set_yticks(range(len(shown)), [ARMS[arm][1] for arm in shown])
     time.set_ylim(len(shown) - 0.5, -0.7)
-    time.set_title(f"{about(measured)}, n = {measured['options']['repeats']} rounds", loc="left", fontsize=9)
+    time.set_title(f"{about(measured, shape)}, n = {measured['options']['repeats']} rounds", loc="left", fontsize=9)
 figures.save(figure, "cost_per_step")
 
 # %%
 rows = []
-for measured in benchmarks:
-    tokens = measured["options"]["batch"] * measured["options"]["length"]
-    for arm in ("lora", *(arm for arm in ARMS if arm in measured["seconds"])):
-        seconds = np.median(measured["seconds"][arm])
+for measured, shape in benchmarks:
+    of = measured["shapes"][shape]
+    batch, length = map(int, shape.split("x"))
+    for arm in ("lora", *(arm for arm in ARMS if arm in of["seconds"])):
+        seconds = np.median(of["seconds"][arm])
         rows.append({
-            "benchmark": "{backbone}, {precision}".format(**measured["options"]),
+            "benchmark": about(measured, shape),
             "method": ARMS.get(arm, ("", "LoRA"))[1],
-            "seconds a step": f"{seconds:.3f}", "tokens a second": f"{tokens / seconds:,.0f}",
-            "time / LoRA": f"{measured['ratios'].get(arm, 1.0):.3f}",
-            "peak memory, MB": f"{measured['memory'][arm]:,.0f}" if arm in measured.get("memory", {}) else "",
+            "seconds a step": f"{seconds:.3f}", "tokens a second": f"{batch * length / seconds:,.0f}",
+            "time / LoRA": f"{of['ratios'].get(arm, 1.0):.3f}",
+            "operations": f"{of['operations'][arm]:,}" if "operations" in of else "",
+            "peak memory, MB": f"{of['memory'][arm]:,.0f}" if arm in of.get("memory", {}) else "",
         })  # fmt: skip
 display(pd.DataFrame(rows).set_index(["benchmark", "method"]))
-for measured in benchmarks:
-    recipes = {name: ratio for name, ratio in measured["ratios"].items() if name.startswith("recipe ")}
-    print("IncreLoRA / LoRA over a whole recipe:", ", ".join(f"{n[7:]} {ratio:.3f}" for n, ratio in recipes.items()))
+for measured, shape in benchmarks:
+    costs = measured["shapes"][shape]["ratios"].items()
+    recipes = ", ".join(f"{name[7:]} {ratio:.3f}" for name, ratio in costs if name.startswith("recipe "))
+    if recipes:
+        print(f"IncreLoRA / LoRA over a whole recipe, {about(measured, shape)}: {recipes}")
 
 # %% [markdown]
 # ## Whole runs

@@ -1,107 +1,139 @@
 """What a step costs: methods against each other in one process, interleaved, as medians of paired ratios.
 
     python scripts/benchmark.py                                   # DeBERTaV3-base shape, batch 8 x 128, fp32, CPU
-    python scripts/benchmark.py --backbone minilm --precision bf16 --batch 32 --length 64
-    python scripts/benchmark.py --device cuda --precision bf16 --batch 32 --json benchmark.json
+    python scripts/benchmark.py --precision bf16 --shapes 8x128 32x12 32x64
+    python scripts/benchmark.py --launch                          # what it costs to launch the operations of a step
+    python scripts/benchmark.py --device cuda --precision bf16 --shapes 32x32 32x128 --json gpu.json
 
-Weights are random (a step costs the same), nothing is downloaded. Every round runs one step of every arm, so
-that whatever else the machine does hits all alike; a ratio is the median over rounds of (arm / LoRA) within
-a round. Peak memory is measured in a process of its own per arm. `--compile` also runs two arms under
-torch.compile, and writes down what the first step and the step after a growth take. `--data DIR` with GLUE's
-TSV folders and `--tokenizer DIR` adds the padding of length-bucketed batches, and examples per second over RTE's
-lengths against the authors' recipe: every example padded to 320 tokens, the update formed in every forward.
+A step is a whole step of run.py's loop. Weights are random (a step costs the same), nothing is downloaded. Every round
+runs one step of every arm, so that whatever else the machine does hits all alike; a ratio is the median over rounds of
+(arm / LoRA) within a round. Peak memory is measured in a process of its own per arm; that of whole runs by
+scripts/benchmark_memory.py.
+
+`--launch` keeps the encoder's layers and makes them so narrow (hidden size 48) and the batch so small (1 x 4 tokens)
+that a step takes its time to launch operations, as on a GPU with short sentences; on a CPU it takes CPU time. It also
+counts the operations of a step that touch data, and the tensors in the optimizer: neither depends on the hidden size.
+
+`--data DIR` with GLUE's TSV folders and `--tokenizer DIR` adds the padding of length-bucketed batches, and examples per
+second over RTE's lengths against the authors' recipe: every example padded to 320 tokens, the update formed in every
+forward.
 """
 
 import argparse
 import copy
 import functools
 import json
-import os
-import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines.adalora import AdaLoRA
+from baselines.adapters import Adapters
+from baselines.authors import Authors
+from baselines.bitfit import BitFit
 from baselines.lora import LoRA
 from increlora.algorithm import IncreLoRA
 from increlora.analysis.benchmark_table import benchmark_table
-from increlora.glue import config
-from increlora.glue.batching import epoch_batches, padding_share
+from increlora.glue import config, machine
+from increlora.glue.backbone import Backbone
+from increlora.glue.batching import collate, epoch_batches, padding_share, to_device
 from increlora.glue.evaluate import predict
 from increlora.glue.loop import Training, peak_memory_mb
-from increlora.glue.settings import Settings
+from increlora.glue.settings import AUTOCAST, Settings
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Silent
-from increlora.importance import sensitivity
-from increlora.linear import IncrementalLinear
 from increlora.method import Method
 
-GROWTH = dict(interval=1000, init_warmup=1000, rank_step=1, scoring_window=57)
-IDLE, SCORING, DUE = 10, 1990, 2000  # steps: no score is taken, one is, matrices grow
+METHODS = ("lora", "adalora", "houlsby", "pfeiffer", "bitfit", "full", "increlora", "authors")
+STEPS = 100_000  # of a run, in which these are
+INTERVAL, FIRST_GROWTH = 1000, 2000
+IDLE, SCORING, DUE = 60_010, 60_990, 61_000  # no score is taken, one is, matrices grow
+GROWTH = dict(interval=INTERVAL, init_warmup=INTERVAL, rank_step=1, scoring_window=57)
+ALL = 10**6  # matrices per growth: rank 8 by single ranks has as many components as it can ever have
+MANY_GROWTHS = 41  # matrices per growth: from rank 1 to an average of 24 in 41 growths, with 72 matrices
+SMALL = {"hidden_size": 48, "intermediate_size": 192, "vocab_size": 1000}
 TASK = Task(name="benchmark", fields=["x"], labels=["a", "b"], metrics=["accuracy"], primary="accuracy", max_length=512)
 # steps, growths, window, from the published r2 recipes: (total, first growth, growths, interval)
 RECIPES = {"RTE r2": (3900, 200, 15, 100), "MNLI r2": (110448, 2000, 36, 1000)}
-COMPILED = ", compiled"
 AUTHORS_LENGTH = 320  # their padding on RTE
 
 
-def methods(kinds: dict[str, str], head: str, rank: int) -> dict[str, tuple[Method, int]]:
-    """Arm -> a fresh method and the step number that puts it in the wanted phase.
-
-    IncreLoRA grows to `rank` by single ranks, so that it has as many components as it can ever have.
-    """
-    given = dict(kinds=kinds, head=head)
-    grown = dict(given, top_h=10**6, **GROWTH)
-    return {
-        "lora": (LoRA(**given, rank=rank), IDLE),
-        "adalora": (AdaLoRA(**given, target_rank=rank, init_warmup=1000, interval=1, final_steps=1000), SCORING),
-        "increlora, not scoring": (IncreLoRA(**grown, target_rank=rank + 4), IDLE),
-        "increlora, scoring": (IncreLoRA(**grown, target_rank=rank + 4), SCORING),
-        "increlora, after growth": (IncreLoRA(**grown, target_rank=rank), IDLE),
-        "authors, growing": (DeltaFormed(**grown | {"scoring_window": "all"}, target_rank=rank + 4), SCORING),
-        "authors, after growth": (DeltaFormed(**grown, target_rank=rank), IDLE),
-        "full": (Method(**given), IDLE),
-    }
-
-
-class DeltaFormedLinear(IncrementalLinear):
-    """The same layer with the authors' arithmetic: delta (out, in) is formed, and so is its gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta = self.delta()
-        if self.watcher is not None and delta.requires_grad:
-            self.watcher.awaited += 1
-            delta.register_hook(self.receive)
-        return self.base(x) + self.dropout(x) @ delta.t()
-
-    def receive(self, gradient: Tensor) -> None:
-        """What their backward hook does with the gradient of delta."""
-        self.watcher.sensitivity = sensitivity(self.delta().detach(), gradient)
+# the arms
 
 
 @dataclass
-class DeltaFormed(IncreLoRA):
-    """IncreLoRA as the authors compute it: delta formed in every forward, scored in every step, small products."""
+class Case:
+    """A method and the phase of its training in which a step is measured.
 
-    def prepare(self, model: nn.Module, total_steps: int) -> None:
-        super().prepare(model, total_steps)
-        for linear in self.linears.values():
-            linear.__class__ = DeltaFormedLinear
+    Args:
+        step: number of the step; it is taken again and again.
+        rank: average rank to which IncreLoRA has grown before.
+    """
 
-    def orthogonal_penalty(self) -> Tensor:
-        bank = self.bank
-        pairs = [[bank.rows(name, i) for i in range(len(m.components))] for name, m in bank.matrices.items()]
-        rows = [torch.cat(several) for matrix in pairs for several in zip(*matrix, strict=True)]
-        return torch.stack([torch.norm(R @ R.t() - torch.eye(len(R), device=R.device)) for R in rows]).mean()
+    method: Method
+    step: int = IDLE
+    rank: int = 1
+
+
+def cases(backbone: Backbone, rank: int, launch: bool) -> dict[str, Case]:
+    """Arm -> what it measures."""
+    given = dict(kinds=backbone.kinds, head=backbone.head)
+    pruning = dict(init_warmup=INTERVAL, interval=INTERVAL, final_steps=INTERVAL)  # not in the step measured
+    others = {
+        "lora": Case(LoRA(**given, rank=rank)),
+        "adalora": Case(AdaLoRA(**given, target_rank=rank, **pruning), SCORING),
+        # bottlenecks that train as many parameters as LoRA of this rank: configs/budget
+        "houlsby": Case(Adapters(**given, matrices=["attention_output", "output"], bottleneck=4 * rank)),
+        "pfeiffer": Case(
+            Adapters(**given, name="pfeiffer", matrices=["output"], bottleneck=8 * rank, activation="relu")
+        ),
+        "bitfit": Case(BitFit(**given)),
+        "full": Case(Method(**given)),
+    }
+    increlora = functools.partial(IncreLoRA, **given, **GROWTH)
+    authors = functools.partial(Authors, **given, **GROWTH, top_h=ALL)
+    if launch:
+        return others | {
+            "increlora r2": Case(increlora(target_rank=2, top_h=ALL), IDLE, 2),
+            f"increlora r{rank}": Case(increlora(target_rank=rank, top_h=ALL), IDLE, rank),
+            f"increlora r{rank}, growing": Case(increlora(target_rank=rank + 4, top_h=ALL), IDLE, rank),
+            f"increlora r{rank}, scoring": Case(increlora(target_rank=rank + 4, top_h=ALL), SCORING, rank),
+            "increlora r24": Case(increlora(target_rank=24, top_h=MANY_GROWTHS), IDLE, 24),
+        }
+    return others | {
+        "increlora, not scoring": Case(increlora(target_rank=rank + 4, top_h=ALL), IDLE, rank),
+        "increlora, scoring": Case(increlora(target_rank=rank + 4, top_h=ALL), SCORING, rank),
+        "increlora, after growth": Case(increlora(target_rank=rank, top_h=ALL), IDLE, rank),
+        "authors, growing": Case(authors(target_rank=rank + 4, scoring_window="all"), SCORING, rank),
+        "authors, after growth": Case(authors(target_rank=rank), IDLE, rank),
+    }
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The arms of the methods asked for."""
+    names = cases(backbone_of(options), options.rank, options.launch)
+    return [name for name in names if re.match(r"\w+", name)[0] in options.methods]
+
+
+@functools.cache
+def _backbone(name: str, launch: bool) -> Backbone:
+    small = [f"backbone.architecture.{key}={value}" for key, value in SMALL.items()] if launch else []
+    return config.build(config.load([f"backbone={name}", "backbone.weights=random", *small]).backbone)
+
+
+def backbone_of(options: argparse.Namespace) -> Backbone:
+    """The encoder, with random weights."""
+    return _backbone(options.backbone, options.launch)
 
 
 @dataclass
@@ -110,24 +142,61 @@ class Arm:
 
     run: Training
     step: int
+    clock: Callable[[], float]
 
     def take(self, indices: list[int] | None = None) -> float:
-        """Seconds of one step through the loop, on the whole data or on some examples."""
+        """Seconds of one step through the loop, on the first batch or on some examples."""
         self.run.progress.step = self.step
-        return timed(lambda: self.run._step(indices or self.indices, False), self.run.device)
+        return timed(lambda: self.run._step(indices or self.indices, False), self.run.device, self.clock)
 
     @property
     def indices(self) -> list[int]:
         return list(range(self.run.settings.batch_size))
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
+def make_arm(name: str, options: argparse.Namespace, batch: int, lengths: list[int]) -> Arm:
+    """A model with random weights, the method in its phase, examples of the given lengths."""
+    backbone = backbone_of(options)
+    case = cases(backbone, options.rank, options.launch)[name]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(5, 1000, (length,), generator=generator).tolist() for length in lengths]
+    split = Split("train", rows, None, [i % 2 for i in range(len(rows))])
+    data = TaskData(split, {"dev": split}, "random", {}, "", {})
+    settings = Settings(
+        batch_size=batch, eval_batch_size=batch, max_steps=STEPS, epochs=1_000_000, warmup_steps=100,
+        eval_interval=10**9, log_interval=10**9, checkpoint_interval=10**9, precision=options.precision,
+        device=options.device, progress=False,
+    )  # fmt: skip
+    model = backbone.model(2)
+    case.method.prepare(model, STEPS)
+    tracker = Silent()
+    tracker.start()
+    run = Training(model, case.method, TASK, data, settings, tracker, 0, None)
+    if isinstance(case.method, IncreLoRA):
+        grow_to(case.rank, case.method)
+    narrow = options.launch and run.device.type == "cpu"
+    return Arm(run, case.step, time.process_time if narrow else time.perf_counter)
+
+
+def grow_to(rank: int, method: IncreLoRA) -> None:
+    """Growths up to an average rank, by scores that are drawn: without training all are 0, and ties would pile up."""
+    generator = torch.Generator().manual_seed(0)
+    method.before_step(0)
+    while method.total_rank < rank * len(method.linears):
+        method.importance.update(torch.rand(len(method.linears), generator=generator))
+        method.before_step(FIRST_GROWTH + INTERVAL * len(method.allocations))
+
+
+# time
+
+
+def timed(call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of a call, the GPU's work included."""
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     call()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _wait(device: torch.device) -> None:
@@ -135,31 +204,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_arm(name: str, options: argparse.Namespace, lengths: list[int] | None = None) -> Arm:
-    """A model with random weights, the method, data of the wanted shape or of the given lengths."""
-    backbone = config.build(config.load([f"backbone={options.backbone}", "backbone.weights=random"]).backbone)
-    plain = name.removesuffix(COMPILED)
-    method, step = methods(backbone.kinds, backbone.head, options.rank)[plain]
-    generator = torch.Generator().manual_seed(0)
-    lengths = lengths or [options.length] * options.batch
-    rows = [torch.randint(5, 1000, (length,), generator=generator).tolist() for length in lengths]
-    split = Split("train", rows, None, [i % 2 for i in range(len(rows))])
-    data = TaskData(split, {"dev": split}, "random", {}, "", {})
-    settings = Settings(
-        batch_size=options.batch, eval_batch_size=options.batch, max_steps=100_000, epochs=1_000_000, warmup_steps=100,
-        eval_interval=10**9, log_interval=10**9, checkpoint_interval=10**9, precision=options.precision,
-        device=options.device, progress=False,
-    )  # fmt: skip
-    model = backbone.model(2)
-    method.prepare(model, 100_000)
-    tracker = Silent()
-    tracker.start()
-    run = Training(model, method, TASK, data, settings, tracker, 0, None)
-    for growth in [0, *(DUE + i * GROWTH["interval"] for i in range(options.rank - 1))]:
-        method.before_step(growth)  # of other methods: nothing
-    if plain != name:
-        model.compile()
-    return Arm(run, step)
+def in_rounds(calls: Mapping[str, Callable[[], float]], repeats: int, warm_up: int) -> dict[str, list[float]]:
+    """Seconds of every call by round: every round takes each once, every other round backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warm_up + repeats):
+        for name in list(calls) if number % 2 else reversed(calls):
+            taken = calls[name]()
+            if number >= warm_up:
+                seconds[name].append(taken)
+    return seconds
 
 
 def bare_loop(arm: Arm) -> float:
@@ -173,8 +226,8 @@ def bare_loop(arm: Arm) -> float:
     labels = torch.tensor(run.data.train.labels, device=run.device)
 
     def step() -> None:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.settings.precision, torch.float32)
-        with torch.autocast(run.device.type, dtype, enabled=dtype != torch.float32):
+        dtype = AUTOCAST[run.settings.precision]
+        with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
             logits = run.model(**batch).logits
         loss = nn.functional.cross_entropy(logits.float(), labels)
         loss.backward()
@@ -194,38 +247,6 @@ def grow(arm: Arm) -> float:
     return grown - timed(lambda: method.before_step(DUE + 1), arm.run.device)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of one step per arm, after two rounds of warm-up."""
-    names = [n for n in methods({}, "", 1) if n in options.methods or n.partition(",")[0] in options.methods]
-    if options.compile:
-        names += [name + COMPILED for name in names if name in ("lora", "increlora, not scoring")]
-    arms = {name: make_arm(name, options) for name in names}
-    evaluated = {"evaluation lora": arms["lora"].run.model}
-    if grown := arms.get("increlora, after growth"):
-        evaluated |= {"evaluation increlora": grown.run.model, "evaluation increlora, merged": merged(grown)}
-    seconds: dict[str, list[float]] = {name: [] for name in [*names, "bare lora", *evaluated]}
-    for number in range(options.repeats + 2):
-        order = names if number % 2 else names[::-1]
-        taken = {name: arms[name].take() for name in order}
-        taken["bare lora"] = bare_loop(arms["lora"])
-        run = arms["lora"].run
-        for name, model in evaluated.items():
-            call = functools.partial(predict, model, run.data.train, TASK, run.settings)
-            taken[name] = timed(call, run.device)
-        if number == 0:
-            first = {name: taken[name] for name in names}
-        if number >= 2:
-            for name, value in taken.items():
-                seconds[name].append(value)
-    growing = arms.get("increlora, scoring")
-    growth = [grow(growing) for _ in range(3)] if growing else []
-    measured = {"seconds": seconds, "first step": first, "growth": growth}
-    if compiled := arms.get("increlora, not scoring" + COMPILED):
-        grow(compiled)
-        measured["compiled, step after a growth"] = compiled.take()
-    return measured
-
-
 def merged(arm: Arm) -> nn.Module:
     """A copy of an arm's model with the update folded into its weights."""
     model, method = copy.deepcopy((arm.run.model, arm.run.method))
@@ -233,43 +254,119 @@ def merged(arm: Arm) -> nn.Module:
     return model
 
 
-def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
+def measure(options: argparse.Namespace, batch: int, length: int) -> dict[str, Any]:
+    """Whole steps of one shape, evaluations of the same batch, and growths."""
+    arms = {name: make_arm(name, options, batch, [length] * batch) for name in chosen(options)}
+    run = arms["lora"].run
+    evaluated = {"evaluation lora": run.model}
+    if after := arms.get("increlora, after growth"):
+        evaluated |= {"evaluation increlora": after.run.model, "evaluation increlora, merged": merged(after)}
+    calls = {name: arm.take for name, arm in arms.items()}
+    calls["bare lora"] = functools.partial(bare_loop, arms["lora"])
+    for name, model in evaluated.items():
+        call = functools.partial(predict, model, run.data.train, TASK, run.settings)
+        calls[name] = functools.partial(timed, call, run.device)
+    seconds = in_rounds(calls, options.repeats, warm_up=2)
+    growing = arms.get("increlora, scoring")
+    growth = [grow(growing) for _ in range(3)] if growing else []
+    return {"ratios": ratios(seconds, growth), "seconds": seconds, "growth": growth}
+
+
+def ratio(seconds: Mapping[str, list[float]], a: str, b: str) -> float:
     """The median over rounds of a / b within a round."""
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
-def ratios(measured: dict[str, Any]) -> dict[str, float]:
-    """Every ratio that has a bar, and those of the other arms."""
-    seconds = measured["seconds"]
+def ratios(seconds: Mapping[str, list[float]], growth: list[float]) -> dict[str, float]:
+    """Every ratio that has a bar, and those of the other arms; a recipe's cost follows from its steps'."""
     found = {name: ratio(seconds, name, "lora") for name in seconds if name not in ("lora", "bare lora")}
     found["our loop / bare loop"] = ratio(seconds, "lora", "bare lora")
-    if "increlora, scoring" in found:
-        scoring, idle, after = (found[f"increlora, {p}"] for p in ("scoring", "not scoring", "after growth"))
-        for name, (total, first, growths, interval) in RECIPES.items():
-            last = first + (growths - 1) * interval
-            scored = min(GROWTH["scoring_window"], interval) * growths
-            found[f"recipe {name}"] = (scored * scoring + (last - scored) * idle + (total - last) * after) / total
+    if growth:
+        phases = [found[f"increlora, {phase}"] for phase in ("scoring", "not scoring", "after growth")]
+        found |= {f"recipe {name}": over_recipe(name, *phases) for name in RECIPES}
         step = statistics.median(seconds["increlora, not scoring"])
-        found["growth event / step"] = statistics.median(measured["growth"]) / step
+        found["growth event / step"] = statistics.median(growth) / step
     return found
 
 
-def memory(options: argparse.Namespace) -> dict[str, float]:
+def over_recipe(name: str, scoring: float, idle: float, after: float) -> float:
+    """The mean of a step's cost over a recipe, from those of its phases."""
+    total, first, growths, interval = RECIPES[name]
+    last = first + (growths - 1) * interval
+    scored = min(GROWTH["scoring_window"], interval) * growths
+    return (scored * scoring + (last - scored) * idle + (total - last) * after) / total
+
+
+# operations
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that touch data.
+
+    Left out are views, by torch's own schemas (`OpOverload.is_view`: view, t, expand, split, select, detach, alias,
+    lift_fresh, ...); `_unsafe_view`, a view whose schema does not say so; and what only reserves memory, the
+    operations called empty, empty_like, new_empty and so on.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple = (), keywords: dict | None = None
+    ) -> Any:
+        view = operation.is_view or operation is torch.ops.aten._unsafe_view.default
+        self.count += not (view or "empty" in operation.name())
+        return operation(*arguments, **(keywords or {}))
+
+
+def operations(arm: Arm) -> int:
+    """Those of a step's forward, penalty and backward, and of what the method makes of the gradients."""
+    run = arm.run
+    batch = to_device(collate(run.data.train, arm.indices, run.pad_id), run.device)
+    run.model.train()
+    run.method.begin_step(arm.step)
+    with CountOperations() as counted:
+        (run._loss_of(batch) + run.method.extra_loss()).backward()
+        run.method.before_step(arm.step)
+    run.optimizer.zero_grad()
+    return counted.count
+
+
+def measure_launch(options: argparse.Namespace, batch: int, length: int) -> dict[str, Any]:
+    """Steps that are bound by launching operations, the operations, the tensors in the optimizer."""
+    arms = {name: make_arm(name, options, batch, [length] * batch) for name in chosen(options)}
+    seconds = in_rounds({name: arm.take for name, arm in arms.items()}, options.repeats, warm_up=5)
+    growths = {name: len(arm.run.method.allocations) for name, arm in arms.items()}
+    return {
+        "ratios": {name: ratio(seconds, name, "lora") for name in arms if name != "lora"},
+        "seconds": seconds,
+        "operations": {name: operations(arm) for name, arm in arms.items()},
+        "tensors": {name: sum(len(g["params"]) for g in arm.run.optimizer.param_groups) for name, arm in arms.items()},
+        "growths": {name: number for name, number in growths.items() if number},
+    }
+
+
+# memory
+
+
+def memory(options: argparse.Namespace, shape: str) -> dict[str, float]:
     """Peak memory in MB of two steps of every arm, each in a process of its own."""
     peaks = {}
-    for name in methods({}, "", 1):
-        if name in options.methods or name.partition(",")[0] in options.methods:
-            command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks[name] = float(done.stdout.splitlines()[-1])
+    for name in chosen(options):
+        command = [sys.executable, __file__, *sys.argv[1:], "--shapes", shape, "--memory-of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[name] = float(done.stdout.splitlines()[-1])
     return peaks
 
 
-def peak_of_two_steps(name: str, options: argparse.Namespace) -> float:
+def peak_of_two_steps(options: argparse.Namespace) -> float:
     """Peak memory of this process in MB (of the GPU, if it computes)."""
-    arm = make_arm(name, options)
+    batch, length = sizes(options.shapes[0])
+    arm = make_arm(options.memory_of, options, batch, [length] * batch)
     arm.take(), arm.take()
     return peak_memory_mb(arm.run.device)
+
+
+# GLUE's lengths
 
 
 def lengths_of(task: str, folder: Path, tokenizer: Path) -> list[int]:
@@ -290,90 +387,99 @@ def padding(data: Path, tokenizer: Path, batch: int) -> dict[str, float]:
     return shares
 
 
-def examples_per_second(options: argparse.Namespace) -> dict[str, float]:
+def examples_per_second(options: argparse.Namespace, batch: int) -> dict[str, float]:
     """Examples a second over a whole RTE recipe: ours on its lengths, the authors' arithmetic on 320 tokens each.
 
     Ours is measured on every tenth batch of an epoch, in order of length; a recipe's share of scoring steps
     and of steps before and after the end of growth weighs both.
     """
     lengths = lengths_of("rte", options.data / "RTE", options.tokenizer)
-    batches = sorted(epoch_batches(lengths, options.batch, 41, 0), key=lambda batch: max(lengths[i] for i in batch))
+    batches = sorted(epoch_batches(lengths, batch, 41, 0), key=lambda indices: max(lengths[i] for i in indices))
     sample = batches[5::10]
-    ours = {"scoring": 0.0, "not scoring": 0.0, "after growth": 0.0}
-    for phase in ours:
-        arm = make_arm(f"increlora, {phase}", options, lengths)
+    ours, theirs = [], []
+    for phase in ("scoring", "not scoring", "after growth"):
+        arm = make_arm(f"increlora, {phase}", options, batch, lengths)
         arm.take(sample[-1])
-        ours[phase] = statistics.mean(arm.take(batch) for batch in sample)
-    theirs = {}
-    for phase in ("growing", "after growth"):
-        arm = make_arm(f"authors, {phase}", options, [AUTHORS_LENGTH] * options.batch)
+        ours.append(statistics.mean(arm.take(indices) for indices in sample))
+    for phase in ("growing", "growing", "after growth"):  # theirs scores in every step of growth
+        arm = make_arm(f"authors, {phase}", options, batch, [AUTHORS_LENGTH] * batch)
         arm.take()
-        theirs[phase] = statistics.median(arm.take() for _ in range(3))
-    total, first, growths, interval = RECIPES["RTE r2"]
-    last = first + (growths - 1) * interval
-    scored = min(GROWTH["scoring_window"], interval) * growths
-    our_mean = (
-        scored * ours["scoring"] + (last - scored) * ours["not scoring"] + (total - last) * ours["after growth"]
-    ) / total
-    their_mean = (last * theirs["growing"] + (total - last) * theirs["after growth"]) / total
-    return {"ours": options.batch / our_mean, "authors": options.batch / their_mean, "ratio": their_mean / our_mean}
+        theirs.append(statistics.median(arm.take() for _ in range(3)))
+    our_mean, their_mean = over_recipe("RTE r2", *ours), over_recipe("RTE r2", *theirs)
+    return {"ours": batch / our_mean, "authors": batch / their_mean, "ratio": their_mean / our_mean}
 
 
-def processor() -> str:
-    """The processor's name as far as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+# the command
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """Examples and tokens of 8x128."""
+    batch, _, length = shape.partition("x")
+    return int(batch), int(length)
+
+
+def _shape(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: examples x tokens, e.g. 32x64")
+    return text
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="deberta_v3_base")
-    parser.add_argument("--methods", nargs="+", default=["lora", "adalora", "increlora", "full", "authors"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="lora is always among them")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--shapes", nargs="+", type=_shape, help="examples x tokens (8x128; --launch: 1x4)")
+    parser.add_argument("--launch", action="store_true", help="narrow layers: the cost of launching operations")
+    parser.add_argument("--precision", choices=AUTOCAST, default="fp32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="also LoRA and IncreLoRA under torch.compile")
+    parser.add_argument("--repeats", type=int, help="rounds (7; --launch: 30)")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory of every arm out")
     parser.add_argument("--data", type=Path, help="folder of GLUE's TSV folders: adds the padding")
     parser.add_argument("--tokenizer", type=Path, help="folder with DeBERTaV3's spm.model")
     parser.add_argument("--json", type=Path, help="write everything here as JSON")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.shapes = options.shapes or ["1x4" if options.launch else "8x128"]
+    options.repeats = options.repeats or (30 if options.launch else 7)
+    options.methods = [name for name in METHODS if name == "lora" or name in options.methods]
+    if options.launch and (options.data or len(options.shapes) > 1):
+        parser.error("--launch measures one shape, and no data")
+    return options
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything asked for, as `increlora.analysis.benchmark_table` reads it."""
+    kept = ("backbone", "methods", "rank", "precision", "device", "repeats")
+    result: dict[str, Any] = {
+        "measure": "launch" if options.launch else "steps",
+        "about": machine.describe(sys.argv, options.device),
+        "options": {key: getattr(options, key) for key in kept},
+        "shapes": {},
+    }
+    for shape in options.shapes:
+        of = (measure_launch if options.launch else measure)(options, *sizes(shape))
+        if not (options.no_memory or options.launch):
+            of["memory"] = peaks = memory(options, shape)
+            if "increlora, not scoring" in peaks:
+                of["ratios"]["memory increlora, not scoring"] = peaks["increlora, not scoring"] / peaks["lora"]
+        result["shapes"][shape] = of
+    if options.data and options.tokenizer:
+        result["padding"] = padding(options.data, options.tokenizer, 32)
+        result["rte"] = examples_per_second(options, sizes(options.shapes[0])[0])
+    return result
 
 
 @config.guarded
 def main() -> None:
     options = parse()
     if options.memory_of:
-        print(peak_of_two_steps(options.memory_of, options))
+        print(peak_of_two_steps(options))
         return
-    options.methods = list(dict.fromkeys(["lora", *options.methods]))
-    measured = measure(options)
-    result = {
-        "machine": f"{processor()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-        + (f", {torch.cuda.get_device_name()}" if options.device.startswith("cuda") else ""),
-        "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "memory_of"},
-        "ratios": ratios(measured),
-        **measured,
-    }
-    if not options.no_memory:
-        result["memory"] = memory(options)
-        if "increlora, not scoring" in result["memory"]:
-            peaks = result["memory"]
-            result["ratios"]["memory increlora, not scoring"] = peaks["increlora, not scoring"] / peaks["lora"]
-    if options.data and options.tokenizer:
-        result["padding"] = padding(options.data, options.tokenizer, 32)
-        result["rte"] = examples_per_second(options)
+    result = measured(options)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.backbone}, batch {options.batch} x {options.length}, rank {options.rank}, {options.precision}, "
-          f"{options.repeats} rounds; {result['machine']}\n\n{benchmark_table(result)}")  # fmt: skip
+    print(benchmark_table(result))
 
 
 if __name__ == "__main__":
