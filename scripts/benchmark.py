@@ -22,6 +22,7 @@ forward.
 import argparse
 import copy
 import functools
+import gc
 import json
 import re
 import statistics
@@ -459,6 +460,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     }
     for shape in options.shapes:
         of = (measure_launch if options.launch else measure)(options, *sizes(shape))
+        gc.collect()  # the models hold themselves by their hooks; those of two shapes at once may not fit
         if not (options.no_memory or options.launch):
             of["memory"] = peaks = memory(options, shape)
             if "increlora, not scoring" in peaks:
