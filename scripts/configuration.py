@@ -22,10 +22,11 @@ PAGE = CONFIGS.parent / "docs" / "configuration.md"
 OF_ALL = ("name", "seed", "kinds", "head", "_target_")
 HEAD = """# Configuration keys
 
-Written by `python scripts/configuration.py` from `configs/` and the docstrings. Every key can be set on the command
-line (`train.epochs=3 method.interval=50`); `python run.py --cfg job` shows them all with the values of a run.
-`null` stands for nothing, `${...}` for the value of another key. The command line beats `experiment`, which beats
-`recipe`, which beats `method` and `task`.
+Written by `python scripts/configuration.py` from `configs/` and the docstrings.
+Every key can be set on the command line (`train.epochs=3 method.interval=50`).
+`python run.py --cfg job` shows every key with its value in a run.
+`null` stands for nothing, `${...}` for the value of another key.
+The command line overrides `experiment`, which overrides `recipe`, which overrides `method` and `task`.
 """
 
 

@@ -34,7 +34,26 @@ def study(experiment: str, tasks: Mapping[str, Runs]) -> dict[str, Table]:
         experiment: Table(caption, columns, rows),
         f"{experiment}_differences": differences(experiment, tasks),
         f"{experiment}_controls": differences(experiment, controls),
+        f"{experiment}_summary": summary(experiment, tasks),
     }
+
+
+def summary(experiment: str, tasks: Mapping[str, Runs]) -> Table:
+    """One row per task: IncreLoRA's score, and its difference to each control over the seeds that both have."""
+    rows = []
+    for task, methods in tasks.items():
+        ours = methods.get("increlora", {})
+        compared = [_difference(methods, c) if set(methods.get(c, ())) & set(ours) else [""] * 3 for c in CONTROLS]
+        seeds = ", ".join(dict.fromkeys(cells[2] for cells in compared if cells[2]))
+        if seeds:
+            score = spread(selection.scores(ours, "last").values())
+            rows.append([TASKS[task], score, *(cells[0] for cells in compared), seeds])
+    columns = ["task", "IncreLoRA", *(f"minus {LOOKS[control].label} [95 %]" for control in CONTROLS), "seeds"]
+    caption = (
+        f"{experiment}: score of the last step in per cent, mean ± SD (number of seeds); then the paired difference to "
+        "each control in points with its 95 % interval, positive where IncreLoRA is better."
+    )
+    return Table(caption, columns, rows)
 
 
 def differences(experiment: str, tasks: Mapping[str, Runs]) -> Table:

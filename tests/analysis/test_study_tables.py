@@ -51,6 +51,17 @@ def test_a_method_and_a_task_that_are_not_listed_are_tabulated_under_their_own_n
     assert [row[:2] for row in learning_rates("some", runs).rows] == [row[:2] for row in made.rows]
 
 
+def test_summary_by_hand():
+    runs = selection.by_method(
+        [run("increlora", seed, score) for seed, score in ((1, 0.80), (2, 0.82), (3, 0.84))]
+        + [run("random_growth", seed, score) for seed, score in ((1, 0.79), (2, 0.80), (3, 0.84))]
+    )
+    table = study("some", {"stsb": runs, "cola": selection.by_method([run("uniform", 1, 0.5, "cola")])})["some_summary"]
+    assert table.columns == ["task", "IncreLoRA", "minus random growth [95 %]", "minus uniform ranks [95 %]", "seeds"]
+    # the differences of test_study_by_hand; uniform ranks have no run on STS-B, IncreLoRA has none on CoLA
+    assert table.rows == [["STS-B", "82.00 ± 2.00 (3)", "+1.00 [-1.48, +3.48]", "", "3"]]
+
+
 def test_seeds_that_only_one_method_has_are_not_compared():
     runs = selection.by_method([run("increlora", 1, 0.8), run("increlora", 2, 0.9), run("lora", 2, 0.85)])
     assert cells(differences("some", {"stsb": runs}), "STS-B", "LoRA")[:3] == ["+5.00", "1.000", "1"]
