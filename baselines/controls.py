@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from increlora import result_files
 from increlora.algorithm import IncreLoRA
-from increlora.errors import UserError
+from increlora.errors import UserError, first_line
 from increlora.streams import stream
-
-RESULT_FILE = "result.json"
 
 
 @dataclass
@@ -194,14 +193,14 @@ def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
 def read(pattern: str | None, wanted: Callable[[Any], Any]) -> Any:
     """What is wanted of a finished run's result."""
     if pattern is None:
-        raise UserError("method.pattern is missing: method.pattern=PATH of a finished run's result file or directory")
+        raise UserError("method.pattern is missing: give the result file of a finished run, or its directory")
     path = Path(pattern).expanduser()
-    path = path / RESULT_FILE if path.is_dir() else path
+    path = path / result_files.FILE_NAME if path.is_dir() else path
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = result_files.read(path)
         status, found = result["status"], wanted(result)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"method.pattern: cannot read ranks from {path}: {error or type(error).__name__}") from None
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"method.pattern: cannot read ranks from {path}: {first_line(error)}") from None
     if status != "finished" or not found:
         raise UserError(f"method.pattern: {path} is no finished run with ranks (status {status})")
     return found

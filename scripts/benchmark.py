@@ -15,7 +15,6 @@ lengths against the authors' recipe: every example padded to 320 tokens, the upd
 import argparse
 import copy
 import functools
-import json
 import os
 import platform
 import statistics
@@ -34,6 +33,7 @@ from baselines.adalora import AdaLoRA
 from baselines.lora import LoRA
 from increlora.algorithm import IncreLoRA
 from increlora.analysis.benchmark_table import benchmark_table
+from increlora.files import as_json
 from increlora.glue import config
 from increlora.glue.batching import epoch_batches, padding_share
 from increlora.glue.evaluate import predict
@@ -371,7 +371,7 @@ def main() -> None:
         result["padding"] = padding(options.data, options.tokenizer, 32)
         result["rte"] = examples_per_second(options)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.backbone}, batch {options.batch} x {options.length}, rank {options.rank}, {options.precision}, "
           f"{options.repeats} rounds; {result['machine']}\n\n{benchmark_table(result)}")  # fmt: skip
 

@@ -22,7 +22,7 @@ from typing import BinaryIO, TextIO
 from torch import Tensor
 
 from increlora.errors import UserError
-from increlora.files import writing
+from increlora.files import as_json, writing
 from increlora.glue import config, finished_run
 from increlora.glue.tasks import Task
 from increlora.glue.tsv import decoded
@@ -170,7 +170,7 @@ def write_json(chunks: Iterable[Tensor], labels: list[str] | None, out: TextIO) 
             row = {"prediction": prediction}
             if labels is not None:
                 row["probabilities"] = {name: round(p, 6) for name, p in zip(labels, probabilities, strict=True)}
-            print(json.dumps(row, ensure_ascii=False), file=out)
+            print(as_json(row, ensure_ascii=False), file=out)
         out.flush()
 
 

@@ -18,19 +18,16 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from increlora.errors import UserError
+from increlora.glue.identity import CLASS, KEYS, NEUTRAL, counts
+from increlora.glue.identity import inputs as inputs_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-IDENTITY = ("backbone", "budget", "method", "task", "seed")
-# change where a run lies, what it shows or where it computes, not what it is
-NEUTRAL = (
-    "tracker", "run_dir", "overwrite", "device", "hydra", "backbone.path", "task.data_dir",
-    "train.progress", "train.log_interval", "train.checkpoint_interval",
-)  # fmt: skip
+GROUPS = ("backbone", "budget", "method", "task")  # what has a name, by which results and directories are known
 
 
 def load(overrides: Sequence[str]) -> DictConfig:
@@ -40,7 +37,58 @@ def load(overrides: Sequence[str]) -> DictConfig:
         UserError: an unknown group, choice or key.
     """
     with readable_errors(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        cfg = compose("config", overrides=spelled(overrides), return_hydra_config=True)
+        return recorded(cfg, cfg.hydra)
+
+
+def spelled(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra takes them: it has no null for a group, so what chooses nothing is left out, or deletes."""
+    nothing = re.compile("(experiment|compat)=null", re.IGNORECASE)
+    return ["~recipe" if o.lower() == "recipe=null" else o for o in overrides if not nothing.fullmatch(o)]
+
+
+def recorded(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
+    """The configuration with the recipe that Hydra composed, None if none, under `hydra.recipe`.
+
+    Args:
+        hydra: what Hydra says of this composition (`HydraConfig.get()`).
+
+    Raises:
+        UserError: a recipe was asked for that does not exist; a class or a name that would give its results the name
+            of another.
+    """
+    choices, overrides = hydra.runtime.choices, list(hydra.overrides.task)
+    _refuse_borrowed_names(cfg, choices, overrides)
+    asked = [override for override in overrides if _key(override) == "recipe" and not override.startswith("~")]
+    if asked and "recipe" not in choices:
+        raise UserError(f"'{asked[-1]}' is not the name of one recipe, e.g. recipe=increlora/r2/rte")
+    recipe = choices.get("recipe") or None
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    if recipe and not any((folder / "recipe" / f"{recipe}.yaml").is_file() for folder in folders):
+        by_default = "{method}/{budget}/{task}".format(**choices)  # which is optional: Hydra passes it over
+        if asked or recipe != by_default:
+            raise UserError(f"there is no recipe '{recipe}' in configs/recipe; recipe=null composes none")
+        recipe = None
+    with flag_override(cfg, ["struct", "readonly"], False):
+        cfg.hydra = {"recipe": recipe}
+    return cfg
+
+
+def _refuse_borrowed_names(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> None:
+    """Results go by names and not by classes, so no two choices may have one name."""
+    for key in map(_key, overrides):
+        if key.rpartition(".")[2] == CLASS:
+            raise UserError(
+                f"{key} is no part of what a run is, so its results would pass for those of another class: "
+                f"write a file of configs/{key.partition('.')[0]} with this class and a name of its own"
+            )
+    for group in GROUPS:
+        choice = choices.get(group)
+        if group in cfg and cfg[group].get("name") != choice:
+            raise UserError(
+                f"{group}={choice} has the name '{cfg[group].get('name')}', by which its results would be known; "
+                f"it must be that of its file: name: {choice}"
+            )
 
 
 def build(node: DictConfig) -> Any:
@@ -54,7 +102,7 @@ def build(node: DictConfig) -> Any:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Plain data without the keys that do not change what a run is (`NEUTRAL`)."""
+    """Plain data without the keys that say where a run lies and what it shows (`identity.NEUTRAL`)."""
     with readable_errors():
         config = OmegaConf.to_container(cfg, resolve=True)
     for key in NEUTRAL:
@@ -67,52 +115,31 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """What a run is: backbone, budget, method, task, seed, recipe and every other override."""
-    names = {group: cfg[group].name for group in ("backbone", "budget", "method", "task")}
-    recipe = "{method}/{budget}/{task}".format(**names)
-    exists = (CONFIGS / "recipe" / f"{recipe}.yaml").exists()
+    """What a run is: backbone, budget, method, task, seed, recipe and every other override that counts."""
+    keys = {"recipe=null" if o == "~recipe" else o: _key(o) for o in spelled(overrides)}  # no ~ in a folder's name
     return {
-        **names,
+        **{group: cfg[group].name for group in GROUPS},
         "seed": cfg.seed,
-        "recipe": recipe if exists else None,
+        "recipe": cfg.hydra.recipe,
         "settings_from": cfg.settings_from,
-        "overrides": sorted(o for o in overrides if not _is(o, IDENTITY) and not _is(o, NEUTRAL)),
+        "overrides": sorted(o for o, key in keys.items() if key not in KEYS and counts(key)),
     }
 
 
-def inputs(cfg: DictConfig) -> dict[str, str | None]:
-    """Digests of the local files that a run reads and that its configuration only points to, by name.
-
-    Data from the hub and generated data are not among them: a fixed revision, or the configuration, says what they are.
+def inputs(cfg: DictConfig) -> dict[str, str]:
+    """Digests of the local files that a run of this configuration would read now, by name.
 
     Raises:
         UserError: such a file is missing or cannot be read.
     """
-    found: dict[str, str | None] = {}
-    if cfg.task.get("data_dir"):
-        found["data"] = _data_digest(_node(cfg.task))
-    if cfg.backbone.get("path") or cfg.backbone.get("sha256"):
-        found["base"] = _base_digest(_node(cfg.backbone))
-    if cfg.method.get("pattern"):
-        found |= build(cfg.method).inputs()
-    return found
+    node: Any = OmegaConf.to_container(cfg.task, resolve=True)
+    node.pop("seed", None)  # no file depends on it
+    return inputs_of(_task(json.dumps(node)), build(cfg.backbone), build(cfg.method))
 
 
-def _node(cfg: DictConfig) -> str:
-    node: Any = OmegaConf.to_container(cfg, resolve=True)
-    return json.dumps({key: value for key, value in node.items() if key != "seed"})
-
-
-@functools.cache  # a sweep asks for every one of its runs
-def _data_digest(node: str) -> str:
-    from increlora.glue.tasks import fingerprint
-
-    return fingerprint(build(OmegaConf.create(json.loads(node))).read()[1])
-
-
-@functools.cache
-def _base_digest(node: str) -> str | None:
-    return build(OmegaConf.create(json.loads(node))).digest()
+@functools.cache  # which reads its files once, though a sweep asks for every one of its runs
+def _task(node: str) -> Any:
+    return build(OmegaConf.create({"task": json.loads(node)}).task)
 
 
 def read_study(name: str) -> dict[str, Any]:
@@ -139,9 +166,8 @@ def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
     return path / f"seed{run['seed']}"
 
 
-def _is(override: str, keys: Sequence[str]) -> bool:
-    name = override.lstrip("+~").partition("=")[0]
-    return any(name == key or (key in NEUTRAL and name.startswith(f"{key}.")) for key in keys)
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _folder_name(overrides: Sequence[str]) -> str:
@@ -166,8 +192,10 @@ class readable_errors:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (HydraException, OmegaConfBaseException)):
-            cause = error
+        if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+            raise UserError("a group takes the name of one of its choices, e.g. task=rte; null is none") from error
+        elif isinstance(error, (HydraException, OmegaConfBaseException)):
+            cause: BaseException | None = error
             while cause is not None:  # instantiate() wraps what the constructor raised
                 if isinstance(cause, UserError):
                     raise cause from None
