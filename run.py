@@ -57,7 +57,8 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     tokenizer = backbone.tokenizer()
     data = task.load(tokenizer)
     model = backbone.model(task.num_labels, task.head_dropout)
-    method.prepare(model, settings.total_steps(len(data.train)))
+    with config.readable_errors(cfg.method):
+        method.prepare(model, settings.total_steps(len(data.train)))
     code, inputs = results.code_state(str(device)), identity.inputs(task, backbone, method)
     same = identity.of_checkpoint(resolved, inputs, distributed.processes())
     checkpoints = Checkpoints(run_dir, same, [f"{code['commit']}{'-dirty' * code['dirty']}"])

@@ -97,7 +97,7 @@ def build(node: DictConfig) -> Any:
     Raises:
         UserError: a key that the class does not have, or a value that it refuses.
     """
-    with readable_errors(str(node._key())):
+    with readable_errors(node):
         return instantiate(node, _convert_="all")
 
 
@@ -179,25 +179,31 @@ def _folder_name(overrides: Sequence[str]) -> str:
 
 
 class readable_errors:
-    """Turn what Hydra and OmegaConf raise into a UserError of one or two lines.
+    """Turn what Hydra and OmegaConf raise into a UserError of one or two lines, which names keys of the configuration.
+
+    The classes that a configuration describes name their own arguments, in backquotes: `top_h`. Here that becomes the
+    key with the node's name before it: method.top_h.
 
     Args:
-        group: of the configuration, whose object is being built.
+        node: of the configuration, whose object is being built or used.
     """
 
-    def __init__(self, group: str = ""):
-        self.group = group
+    def __init__(self, node: DictConfig | None = None):
+        self.node = node
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        if isinstance(error, UserError):
+            self._name_keys(error)
+        elif isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
             raise UserError("a group takes the name of one of its choices, e.g. task=rte; null is none") from error
         elif isinstance(error, (HydraException, OmegaConfBaseException)):
             cause: BaseException | None = error
             while cause is not None:  # instantiate() wraps what the constructor raised
                 if isinstance(cause, UserError):
+                    self._name_keys(cause)
                     raise cause from None
                 if isinstance(cause, OverrideParseException):
                     raise UserError(
@@ -205,7 +211,24 @@ class readable_errors:
                         """e.g. "run_dir='a=b'" (the outer ones for the shell)"""
                     ) from error
                 cause = cause.__cause__
-            raise UserError(_two_lines(str(error), self.group)) from error
+            raise UserError(_two_lines(str(error), self._group())) from error
+
+    def _group(self) -> str:
+        return "" if self.node is None else str(self.node._key())
+
+    def _name_keys(self, error: UserError) -> None:
+        if self.node is not None:
+            error.args = (re.sub(r"`(\w+)`", self._key_of, str(error)),)
+
+    def _key_of(self, argument: re.Match) -> str:
+        name, node = argument[1], self.node
+        if node is None or name not in node:
+            return argument[0]
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        source = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[name]))
+        if source and isinstance(node[name], DictConfig):  # its entries can be set only where they are
+            return source[1]
+        return f"{self._group()}.{name}"
 
 
 def _two_lines(text: str, group: str) -> str:

@@ -105,12 +105,13 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
     cfg = run_config(result["config"], overrides)
     settings, method, task, backbone = (config.build(cfg[key]) for key in ("train", "method", "task", "backbone"))
     model = backbone.model(task.num_labels, task.head_dropout)
-    if other := results.changed_inputs(result, identity.inputs(backbone, method)):
-        raise UserError(
-            f"{run_dir} was trained on other {results.in_words(other)} than those given here.\n"
-            "Give those it was trained on: backbone.path=DIR, method.pattern=RUN_DIR"
-        )
-    method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
+    with config.readable_errors(cfg.method):
+        if other := results.changed_inputs(result, identity.inputs(backbone, method)):
+            raise UserError(
+                f"{run_dir} was trained on other {results.in_words(other)} than those given here.\n"
+                "Give those it was trained on: backbone.path=DIR, method.pattern=RUN_DIR"
+            )
+        method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
     checkpoint.load_model_state(model, method, state)
     if method.ranks() != result["ranks"].get(name, {}):
         raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {result_files.FILE_NAME}")

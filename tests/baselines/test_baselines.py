@@ -195,12 +195,12 @@ def test_adalora_refuses_what_cannot_work(tiny_deberta):
         ({"init_warmup": 20, "final_steps": 20}, "must be below the 40 training steps"),
         ({"final_steps": 0}, "final_steps at least 1"),
         ({"interval": 0}, "interval 0 and final_steps at least 1"),
-        ({"init_rank": 2}, "method.init_rank 2 must be above method.target_rank 2"),
+        ({"init_rank": 2}, "`init_rank` 2 must be above `target_rank` 2"),
         ({"target_rank": 0, "init_rank": 1}, "must be at least 1"),
-        ({"alpha": "abc"}, "method.alpha must be a number, it is 'abc'"),
-        ({"beta1": 1.0}, "method.beta1"),
-        ({"dropout": 1.0}, "method.dropout"),
-        ({"orth_weight": -1}, "method.orth_weight"),
+        ({"alpha": "abc"}, "`alpha` must be a number, it is 'abc'"),
+        ({"beta1": 1.0}, "`beta1`"),
+        ({"dropout": 1.0}, "`dropout`"),
+        ({"orth_weight": -1}, "`orth_weight`"),
     ]:
         with naming((changes, said)):
             with pytest.raises(UserError) as error:
@@ -376,7 +376,7 @@ def test_patterns_that_do_not_fit_are_refused(tiny_deberta, tmp_path):
             fixed(StaticPattern, pattern, **changes).prepare(tiny_deberta, STEPS)
         return str(error.value)
 
-    assert "method.pattern is missing" in said(None)
+    assert "`pattern` is missing" in said(None)
     assert "cannot read ranks from" in said(str(tmp_path))
     assert "status diverged" in said(finished(tmp_path, tiny_deberta, status="diverged"))
     pattern = finished(tmp_path, tiny_deberta)
