@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -139,7 +138,6 @@ READERS: dict[str, Callable] = {"tsv": tsv_texts, "jsonl": json_texts}
 def destination(output: Path | None) -> Iterator[TextIO]:
     """Where predictions go; a file is there whole or not at all."""
     if output is None:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         yield sys.stdout
         return
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from increlora import result_files
+from increlora.glue import config
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = [
@@ -105,6 +106,7 @@ def trial(method: str, folder: Path, undisturbed: Path, at_step: int, in_checkpo
     return Trial(method, killed_at, half_written, resumed_at, compare(folder, undisturbed))
 
 
+@config.guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -249,6 +250,7 @@ def _two_lines(text: str, group: str) -> str:
 def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     """Print an error of the person at the keyboard in two lines and leave with exit code 2.
 
+    Where the reader of the output has left (`| head`), leave without a word, as a process does that the signal ends.
     Wrap both the function that Hydra calls and Hydra's own entry point, which raises what is wrong with
     the overrides. Set HYDRA_FULL_ERROR=1 to see the traceback.
     """
@@ -259,7 +261,13 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra raise what is wrong instead of printing pages
         try:
             with readable_errors():
-                return main(*arguments, **keywords)
+                returned = main(*arguments, **keywords)
+            sys.stdout.flush()  # here, not at the interpreter's end, where it could not be caught
+            return returned
+        except BrokenPipeError:
+            if not _reader_has_left():
+                raise
+            sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
             if WANTS_TRACEBACK:
                 raise
@@ -271,3 +279,13 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
     return call
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the standard output any more; what is still in it is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # an error is told without being asked for
+    left = any(event & select.POLLERR for _, event in output.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
