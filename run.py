@@ -8,6 +8,7 @@ a finished one returns its stored result. Several processes: `torchrun --nproc-p
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import hydra
@@ -15,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from increlora import result_files
-from increlora.glue import config, results
+from increlora.glue import config, identity, results
 
 # on a CPU torch keeps a kernel for every shape of product that it meets, up to 1,024; ranks that grow make many shapes
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -27,6 +28,7 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 @config.guarded
 def main(cfg: DictConfig) -> float | None:
     """One run; returns the best primary score (for sweepers)."""
+    cfg = config.recorded(cfg, HydraConfig.get())
     run = config.identity(cfg, HydraConfig.get().overrides.task)
     run_dir, resolved = config.run_directory(cfg, run), config.resolved(cfg)
     result = None if cfg.overwrite else results.stored(run_dir, resolved, lambda: config.inputs(cfg))
@@ -55,10 +57,11 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     tokenizer = backbone.tokenizer()
     data = task.load(tokenizer)
     model = backbone.model(task.num_labels, task.head_dropout)
-    method.prepare(model, settings.total_steps(len(data.train)))
-    code, inputs = results.code_state(str(device)), {"base": backbone.digest(), **method.inputs()}
-    identity = {"config": resolved, "data": data.fingerprint, "processes": distributed.processes(), **inputs}
-    checkpoints = Checkpoints(run_dir, identity, [f"{code['commit']}{'-dirty' * code['dirty']}"])
+    with config.readable_errors(cfg.method):
+        method.prepare(model, settings.total_steps(len(data.train)))
+    code, inputs = results.code_state(str(device)), identity.inputs(task, backbone, method)
+    same = identity.of_checkpoint(resolved, inputs, distributed.processes())
+    checkpoints = Checkpoints(run_dir, same, [f"{code['commit']}{'-dirty' * code['dirty']}"])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
         if cfg.overwrite and distributed.is_main():
             (run_dir / result_files.FILE_NAME).unlink(missing_ok=True)  # first: it must not stand beside other weights
@@ -89,4 +92,5 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = config.spelled(sys.argv[1:])
     main()

@@ -105,11 +105,11 @@ class AdaLoRA(Method):
         super().__post_init__()
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
-                raise UserError(f"method.{name} must be in (0, 1), it is {getattr(self, name)}")
+                raise UserError(f"`{name}` must be in (0, 1), it is {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"method.dropout must be in [0, 1), it is {self.dropout}")
+            raise UserError(f"`dropout` must be in [0, 1), it is {self.dropout}")
         if self.orth_weight < 0:
-            raise UserError(f"method.orth_weight must not be negative, it is {self.orth_weight}")
+            raise UserError(f"`orth_weight` must not be negative, it is {self.orth_weight}")
 
     # set up
 
@@ -138,7 +138,7 @@ class AdaLoRA(Method):
         init_warmup, interval, final_steps = self.schedule(total_steps)
         if not init_rank > self.target_rank >= 1:
             raise UserError(
-                f"AdaLoRA starts above its budget: method.init_rank {init_rank} must be above method.target_rank "
+                f"AdaLoRA starts above its budget: `init_rank` {init_rank} must be above `target_rank` "
                 f"{self.target_rank}, which must be at least 1"
             )
         return AdaLoraConfig(
@@ -161,7 +161,7 @@ class AdaLoRA(Method):
             raise UserError(
                 f"AdaLoRA's schedule does not fit: init_warmup {init_warmup} + final_steps {final_steps} must be below "
                 f"the {total_steps} training steps, interval {interval} and final_steps at least 1. Change them, or "
-                "derive them: method.init_warmup=null method.interval=null method.final_steps=null"
+                "leave `init_warmup`, `interval` and `final_steps` null: they are derived then"
             )
         return init_warmup, interval, final_steps
 

@@ -73,9 +73,9 @@ class Adapters(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bottleneck < 1:
-            raise UserError(f"method.bottleneck must be at least 1, it is {self.bottleneck}")
+            raise UserError(f"`bottleneck` must be at least 1, it is {self.bottleneck}")
         if self.activation not in ACTIVATIONS:
-            raise UserError(f"method.activation must be one of {', '.join(ACTIVATIONS)}, it is '{self.activation}'")
+            raise UserError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, it is '{self.activation}'")
 
     def prepare(self, model: nn.Module, total_steps: int) -> None:
         bases = self.adapted_matrices(model)

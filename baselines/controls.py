@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from increlora import result_files
 from increlora.algorithm import IncreLoRA
-from increlora.errors import UserError
+from increlora.errors import UserError, first_line
 from increlora.streams import stream
-
-RESULT_FILE = "result.json"
 
 
 @dataclass
@@ -73,7 +72,7 @@ class PermutedGrowth(RandomGrowth):
         reached, planned = dict(zip(steps, ranks, strict=True)), self.planned_ranks()
         if reached != planned:
             raise UserError(
-                f"method.pattern={self.pattern} has the total rank {reached} (step: rank), this run plans {planned}. "
+                f"`pattern` {self.pattern} has the total rank {reached} (step: rank), this run plans {planned}. "
                 "Use the result of a finished run with the same budget and schedule of growth."
             )
 
@@ -130,7 +129,7 @@ class StaticPattern(IncreLoRA):
         check_names(self.pattern, ranks, matrices)
         if sum(ranks.values()) != self.target_rank * len(matrices):
             raise UserError(
-                f"method.pattern={self.pattern} has a total rank of {sum(ranks.values())}, the budget is "
+                f"`pattern` {self.pattern} has a total rank of {sum(ranks.values())}, the budget is "
                 f"{self.target_rank * len(matrices)} ({self.target_rank} x {len(matrices)} matrices). Use the result "
                 "of a finished run with this budget."
             )
@@ -163,7 +162,7 @@ def check_names(
     odd = sorted(set(named) ^ set(matrices) if all_of_them else set(named) - set(matrices))
     if odd:
         raise UserError(
-            f"method.pattern={pattern} has ranks of {len(named)} matrices, this model has {len(matrices)}; "
+            f"`pattern` {pattern} has ranks of {len(named)} matrices, this model has {len(matrices)}; "
             f"they differ in {len(odd)}, e.g. {odd[0]}. Use the result of a run with this backbone."
         )
 
@@ -194,14 +193,14 @@ def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
 def read(pattern: str | None, wanted: Callable[[Any], Any]) -> Any:
     """What is wanted of a finished run's result."""
     if pattern is None:
-        raise UserError("method.pattern is missing: method.pattern=PATH of a finished run's result file or directory")
+        raise UserError("`pattern` is missing: give the result file of a finished run, or its directory")
     path = Path(pattern).expanduser()
-    path = path / RESULT_FILE if path.is_dir() else path
+    path = path / result_files.FILE_NAME if path.is_dir() else path
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = result_files.read(path)
         status, found = result["status"], wanted(result)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"method.pattern: cannot read ranks from {path}: {error or type(error).__name__}") from None
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"`pattern`: cannot read ranks from {path}: {first_line(error)}") from None
     if status != "finished" or not found:
-        raise UserError(f"method.pattern: {path} is no finished run with ranks (status {status})")
+        raise UserError(f"`pattern`: {path} is no finished run with ranks (status {status})")
     return found

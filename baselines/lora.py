@@ -37,9 +37,9 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
-            raise UserError(f"method.rank must be at least 1, it is {self.rank}")
+            raise UserError(f"`rank` must be at least 1, it is {self.rank}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"method.dropout must be in [0, 1), it is {self.dropout}")
+            raise UserError(f"`dropout` must be in [0, 1), it is {self.dropout}")
 
     def prepare(self, model: nn.Module, total_steps: int) -> None:
         names = list(self.adapted_matrices(model))

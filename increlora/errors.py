@@ -4,6 +4,9 @@
 class UserError(Exception):
     """Bad input, said in one or two lines: what is wrong, where, and what to do about it.
 
+    A class names its own arguments in backquotes: `top_h`. Where a configuration describes the object, the message
+    that a person sees has the key instead: method.top_h.
+
     `run.py` and the scripts print the message and leave with exit code 2; only a request for a
     traceback (`HYDRA_FULL_ERROR=1`) shows one. Anything else that escapes is a defect of ours.
     """

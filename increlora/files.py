@@ -1,6 +1,8 @@
-"""What every file that is written or compared needs: a failed write said in words, differences by dotted key."""
+"""What every file that is written or compared needs: JSON, a failed write said in words, differences by dotted key."""
 
 import contextlib
+import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,3 +38,23 @@ def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
         for key in keys
         for path in changed_keys(a.get(key, missing), b.get(key, missing), f"{prefix}.{key}".lstrip("."))
     ]
+
+
+# JSON
+
+
+def as_json(value: Any, **options: Any) -> str:
+    """Plain data as JSON; a number that is not finite becomes null, for JSON has none.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    return json.dumps(_without_infinite(value), allow_nan=False, **options)
+
+
+def _without_infinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_infinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

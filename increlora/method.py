@@ -68,7 +68,7 @@ class Method:
     allocations: list[Allocation] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_numbers(self, "method")
+        check_numbers(self)
 
     def prepare(self, model: nn.Module, total_steps: int) -> None:
         """Inject the method into `model` in place and set `requires_grad`; call once, before the optimizer.

@@ -4,14 +4,16 @@ Both the benchmark, which writes them, and the analysis, which sees nothing else
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from increlora.errors import UserError
+from increlora.errors import UserError, first_line
 
+FORMAT = 2  # `_upgraded` says how earlier ones differ
 FILE_NAME = "result.json"
-# the classes that results name and where they are now: a moved file makes no run another one
+# the classes that finished runs name, and where they are now
 MOVED = {
     "increlora.backbone.Backbone": "increlora.glue.backbone.Backbone",
     "increlora.synthetic.SyntheticEntailment": "increlora.glue.synthetic.SyntheticEntailment",
@@ -21,21 +23,58 @@ MOVED = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One result file.
+    """One result file of any format, as if it were of today's; every reader of results comes here.
 
     Raises:
-        UserError: it is not there or is not a result file.
+        UserError: it is not there, is not JSON, is of a later format, or its parts are not those of a result.
     """
     if not path.exists():
         refuse_unfinished(path.parent)
     try:
-        return with_moved_classes(json.loads(path.read_text(encoding="utf-8")))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the result file {path}: {error}") from None
+    number = result.get("format", 1) if isinstance(result, dict) else FORMAT
+    if number not in range(1, FORMAT + 1):
+        raise UserError(f"{path} is of result format {number}, this code reads 1 to {FORMAT}: use a later version")
+    try:
+        return _upgraded(result) if isinstance(result, dict) else result
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not the result of a run: {first_line(error)}") from None
+
+
+def _upgraded(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of any format as one of today's; a metric that is null was not a number.
+
+    Format 1 has no `format`. Its `run.overrides` hold `settings_from`, its `run.recipe` is the one that the names
+    suggest, and its `inputs` lack the data's digest.
+    """
+    if result.get("format", 1) < 2:
+        result["format"] = 2
+        if "run" in result:
+            result["run"] = _run_of_format_1(result["run"])
+        if "data" in result:
+            read = {"data": result["data"].get("fingerprint"), **result.get("inputs", {})}
+            result["inputs"] = {name: digest for name, digest in read.items() if digest is not None}
+    metrics = [score.get("metrics", {}) for score in result.get("scores", {}).values()]
+    metrics += [point.get("scores", {}) for point in result.get("curve", [])]
+    for of_split in (values for splits in metrics for values in splits.values()):
+        of_split.update({name: math.nan for name, value in of_split.items() if value is None})
+    return result
+
+
+def _run_of_format_1(run: dict[str, Any]) -> dict[str, Any]:
+    overrides = [override for override in run.get("overrides", []) if not override.startswith("settings_from=")]
+    recipe = run.get("recipe")
+    for override in overrides:
+        name, _, choice = override.partition("=")
+        if name in ("recipe", "~recipe"):
+            recipe = choice or None
+    return {**run, "overrides": overrides, "recipe": recipe}
 
 
 def with_moved_classes(stored: Any) -> Any:
-    """What a result or a checkpoint holds, with every class (`_target_`) named by where it is now."""
+    """A stored configuration with every class (`_target_`) named by where it is now, so that it can be built."""
     if not isinstance(stored, dict):
         return stored
     moved = {key: with_moved_classes(value) for key, value in stored.items()}

@@ -28,8 +28,7 @@ def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Li
         if not any(re.fullmatch(pattern, name) for name in linears):
             raise UserError(
                 f"no linear layer matches matrix kind '{kind}' ({pattern!r}); the model has: "
-                f"{', '.join(_shapes_of_names(linears)) or 'none'}. An expression must match the whole name (kinds; "
-                f"in a configuration backbone.kinds.{kind})."
+                f"{', '.join(_shapes_of_names(linears)) or 'none'}. An expression in `kinds` must match the whole name."
             )
     found = {name: module for name, module in linears.items() if kind_of(name, kinds) is not None}
     _refuse_what_cannot_be_adapted(model, found)

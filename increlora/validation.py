@@ -10,11 +10,11 @@ from increlora.errors import UserError
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null", str: "a word"}
 
 
-def check_numbers(settings: Any, prefix: str) -> None:
+def check_numbers(settings: Any) -> None:
     """Refuse values of a dataclass's fields for numbers and switches that are not of the field's kind, or not finite.
 
     Raises:
-        UserError: named `prefix.field`.
+        UserError: with the field's name.
     """
     for field in dataclasses.fields(settings):
         kinds = get_args(field.type) or (field.type,)
@@ -24,4 +24,4 @@ def check_numbers(settings: Any, prefix: str) -> None:
         kind = numbers.Real if float in kinds else numbers.Integral  # those of numpy too
         if isinstance(value, bool) or bool in kinds or not isinstance(value, kind) or not math.isfinite(value):
             words = " or ".join(KINDS[kind] for kind in kinds)
-            raise UserError(f"{prefix}.{field.name} must be {words}, it is {value!r}")
+            raise UserError(f"`{field.name}` must be {words}, it is {value!r}")

@@ -23,7 +23,6 @@ import argparse
 import copy
 import functools
 import gc
-import json
 import re
 import statistics
 import subprocess
@@ -45,6 +44,7 @@ from baselines.bitfit import BitFit
 from baselines.lora import LoRA
 from increlora.algorithm import IncreLoRA
 from increlora.analysis.benchmark_table import benchmark_table
+from increlora.files import as_json
 from increlora.glue import config, machine
 from increlora.glue.backbone import Backbone
 from increlora.glue.batching import collate, epoch_batches, padding_share, to_device
@@ -480,7 +480,7 @@ def main() -> None:
         return
     result = measured(options)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")
     print(benchmark_table(result))
 
 

@@ -24,6 +24,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
+from increlora.glue import config
 from increlora.glue.loop import make_optimizer, take_step
 from increlora.glue.settings import Settings
 from increlora.groups import set_learning_rates
@@ -164,6 +165,7 @@ def load(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     return json.loads((folder / "trace.json").read_text()), load_file(folder / "trace.safetensors")
 
 
+@config.guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with trace.json and trace.safetensors")

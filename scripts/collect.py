@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from increlora import result_files
+from increlora.files import as_json
 from increlora.glue import config
 
 DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
@@ -40,7 +41,8 @@ def main() -> None:
             continue
         target = DESTINATION / path.parent.relative_to(arguments.source).with_suffix(".json")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(published(result), indent=1) + "\n", encoding="utf-8")
+        written = json.loads(path.read_text(encoding="utf-8"))  # a file keeps the format that it was written in
+        target.write_text(as_json(published(written), indent=1) + "\n", encoding="utf-8")
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
 

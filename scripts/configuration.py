@@ -15,7 +15,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from increlora.glue.config import CONFIGS
+from increlora.glue.config import CONFIGS, guarded
 from increlora.glue.settings import Settings
 
 PAGE = CONFIGS.parent / "docs" / "configuration.md"
@@ -133,6 +133,7 @@ def page() -> str:
     return "\n".join(parts) + "\n"
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")

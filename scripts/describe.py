@@ -45,8 +45,9 @@ def describe(overrides: list[str]) -> dict[str, Any]:
     total_steps = settings.total_steps(examples)
     with torch.device("meta"):  # shapes without memory
         model = config.build(cfg.backbone).model(task.num_labels, task.head_dropout)
-    linears = surgery.find_matrices(model, method.kinds)
-    method.prepare(model, total_steps)
+    with config.readable_errors(cfg.method):
+        linears = surgery.find_matrices(model, method.kinds)
+        method.prepare(model, total_steps)
     plan, cost, start_ranks = method.planned_ranks(), cost_of_a_rank(model, method), method.ranks()
     method.before_step(0)  # a reserve is there from the first step on
     start = method.parameters_by_kind(model)

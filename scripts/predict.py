@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import BinaryIO, TextIO
 from torch import Tensor
 
 from increlora.errors import UserError
-from increlora.files import writing
+from increlora.files import as_json, writing
 from increlora.glue import config, finished_run
 from increlora.glue.tasks import Task
 from increlora.glue.tsv import decoded
@@ -139,7 +138,6 @@ READERS: dict[str, Callable] = {"tsv": tsv_texts, "jsonl": json_texts}
 def destination(output: Path | None) -> Iterator[TextIO]:
     """Where predictions go; a file is there whole or not at all."""
     if output is None:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         yield sys.stdout
         return
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
@@ -170,7 +168,7 @@ def write_json(chunks: Iterable[Tensor], labels: list[str] | None, out: TextIO) 
             row = {"prediction": prediction}
             if labels is not None:
                 row["probabilities"] = {name: round(p, 6) for name, p in zip(labels, probabilities, strict=True)}
-            print(json.dumps(row, ensure_ascii=False), file=out)
+            print(as_json(row, ensure_ascii=False), file=out)
         out.flush()
 
 

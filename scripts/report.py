@@ -20,7 +20,7 @@ from increlora import result_files
 from increlora.analysis.selection import rank_history
 from increlora.errors import UserError
 from increlora.files import writing
-from increlora.glue import config
+from increlora.glue import config, identity
 from increlora.matrices import kind_of, layer_of, rank_map
 
 TEMPLATE = "report.html.jinja"
@@ -88,7 +88,7 @@ def command(result: Mapping[str, Any]) -> str:
     """The command line of a run, from its identity."""
     run, processes = result["run"], result["code"].get("processes", 1)  # early results do not say
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
-    return shlex.join([*launcher, "run.py", *(f"{key}={run[key]}" for key in config.IDENTITY), *run["overrides"]])
+    return shlex.join([*launcher, "run.py", *(f"{key}={run[key]}" for key in identity.KEYS), *run["overrides"]])
 
 
 # numbers as text

@@ -22,6 +22,7 @@ from increlora.analysis.glue_table import glue
 from increlora.analysis.looks import TASKS, position
 from increlora.analysis.study_tables import ablation, learning_rates, study
 from increlora.analysis.tables import Table, best_of_every_metric, runs_table
+from increlora.glue import config
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "results" / "tables"
@@ -75,6 +76,7 @@ def tables() -> dict[Path, str]:
     return files | pages
 
 
+@config.guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")

@@ -8,7 +8,6 @@ continued run has the result and the weights of the undisturbed one, to the last
 """
 
 import argparse
-import json
 import random
 import re
 import signal
@@ -18,6 +17,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from increlora import result_files
+from increlora.glue import config
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = [
@@ -78,7 +80,7 @@ def kill(process: subprocess.Popen, folder: Path, at_step: int, in_checkpoint: b
 
 def essence(folder: Path) -> dict:
     """All of a result that does not depend on when and how often it ran."""
-    result = json.loads((folder / "result.json").read_text())
+    result = result_files.read(folder / result_files.FILE_NAME)
     result["curve"] = [{key: value for key, value in point.items() if key != "seconds"} for point in result["curve"]]
     result["cost"] = {
         key: value for key, value in result["cost"].items() if key in ("steps", "tokens", "padded_tokens")
@@ -104,6 +106,7 @@ def trial(method: str, folder: Path, undisturbed: Path, at_step: int, in_checkpo
     return Trial(method, killed_at, half_written, resumed_at, compare(folder, undisturbed))
 
 
+@config.guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)

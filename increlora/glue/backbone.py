@@ -100,21 +100,24 @@ class Backbone:
         self._draw_head(model, absent)
         return _in_fp32(model)
 
-    def digest(self) -> str | None:
-        """sha256 of the file that decides what the encoder is: its weights, or config.json if they are random.
+    def inputs(self) -> dict[str, str]:
+        """The digest (sha256) of the file that decides what the encoder is, by name: its weights, or its config.json.
 
-        None if nothing but these fields does.
+        Nothing where these fields decide alone, and where the weights are still to be fetched from the hub, as they
+        never are after `model`.
 
         Raises:
-            UserError: no such folder or files, or no hub.
+            UserError: no such folder, or files that cannot be read.
         """
         if self.weights == "random":
             folder = self.files.described()
-            return None if folder is None else sha256(folder / CONFIG[0][0])
+            return {} if folder is None else {"base": sha256(folder / CONFIG[0][0])}
         if self.sha256 is not None and self.path is None:
-            return self.sha256  # `model` refuses any other
-        folder = self.files.folder(CONFIG, WEIGHTS)
-        return sha256(next(folder / name for (name,) in WEIGHTS if (folder / name).is_file()))
+            return {"base": self.sha256}  # `model` refuses any other
+        folder = self.files.present(CONFIG, WEIGHTS)
+        if folder is None:
+            return {}
+        return {"base": sha256(next(folder / name for (name,) in WEIGHTS if (folder / name).is_file()))}
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The backbone's tokenizer; one built from the synthetic task's words if it has no files anywhere.

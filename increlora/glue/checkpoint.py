@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -22,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from increlora.errors import UserError, first_line
-from increlora.files import changed_keys, writing
+from increlora.files import writing
+from increlora.glue.identity import changed_since
 from increlora.method import Method
-from increlora.result_files import with_moved_classes
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # 2: components lie in the bank
 TENSOR = "tensor:"  # marks the place of a tensor in the JSON document
+NUMBER = "number:"  # marks a number that is not finite, which JSON has no word for
 
 
 # files
@@ -44,7 +46,7 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
         UserError: the disk is full, or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")})
+    text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")}, allow_nan=False)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path, SafetensorError):
         save_file(tensors, temporary, metadata={"increlora": text})  # of several keys the order would be random
@@ -130,12 +132,14 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return {key: _without_tensors(item, tensors, f"{path}/{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
-    return value
+    return f"{NUMBER}{value}" if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, str) and value.startswith(TENSOR):
         return tensors[value.removeprefix(TENSOR)]
+    if isinstance(value, str) and value.startswith(NUMBER):
+        return float(value.removeprefix(NUMBER))
     if isinstance(value, dict):
         return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
@@ -152,7 +156,7 @@ class Checkpoints:
 
     Args:
         folder: the run directory.
-        identity: what must be the same for a run to be continued, in plain data.
+        identity: what must be the same for a run to be continued (`identity.of_checkpoint`).
         commits: of the code, in order; `load` puts those of the run so far before them.
     """
 
@@ -183,7 +187,7 @@ class Checkpoints:
             log.warning("%s; the one before it is whole and is used", sentence)
         if document is None:
             return None
-        changed = changed_keys(with_moved_classes(document["identity"]), json.loads(json.dumps(self.identity)))
+        changed = changed_since(document["identity"], json.loads(json.dumps(self.identity)))
         if changed:
             raise UserError(
                 f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +19,16 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from increlora.errors import UserError
+from increlora.glue.identity import CLASS, KEYS, NEUTRAL, counts
+from increlora.glue.identity import inputs as inputs_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-IDENTITY = ("backbone", "budget", "method", "task", "seed")
-# change where a run lies, what it shows or where it computes, not what it is
-NEUTRAL = (
-    "tracker", "run_dir", "overwrite", "device", "hydra", "backbone.path", "task.data_dir",
-    "train.progress", "train.log_interval", "train.checkpoint_interval",
-)  # fmt: skip
+GROUPS = ("backbone", "budget", "method", "task")  # what has a name, by which results and directories are known
 
 
 def load(overrides: Sequence[str]) -> DictConfig:
@@ -40,7 +38,58 @@ def load(overrides: Sequence[str]) -> DictConfig:
         UserError: an unknown group, choice or key.
     """
     with readable_errors(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        cfg = compose("config", overrides=spelled(overrides), return_hydra_config=True)
+        return recorded(cfg, cfg.hydra)
+
+
+def spelled(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra takes them: it has no null for a group, so what chooses nothing is left out, or deletes."""
+    nothing = re.compile("(experiment|compat)=null", re.IGNORECASE)
+    return ["~recipe" if o.lower() == "recipe=null" else o for o in overrides if not nothing.fullmatch(o)]
+
+
+def recorded(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
+    """The configuration with the recipe that Hydra composed, None if none, under `hydra.recipe`.
+
+    Args:
+        hydra: what Hydra says of this composition (`HydraConfig.get()`).
+
+    Raises:
+        UserError: a recipe was asked for that does not exist; a class or a name that would give its results the name
+            of another.
+    """
+    choices, overrides = hydra.runtime.choices, list(hydra.overrides.task)
+    _refuse_borrowed_names(cfg, choices, overrides)
+    asked = [override for override in overrides if _key(override) == "recipe" and not override.startswith("~")]
+    if asked and "recipe" not in choices:
+        raise UserError(f"'{asked[-1]}' is not the name of one recipe, e.g. recipe=increlora/r2/rte")
+    recipe = choices.get("recipe") or None
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    if recipe and not any((folder / "recipe" / f"{recipe}.yaml").is_file() for folder in folders):
+        by_default = "{method}/{budget}/{task}".format(**choices)  # which is optional: Hydra passes it over
+        if asked or recipe != by_default:
+            raise UserError(f"there is no recipe '{recipe}' in configs/recipe; recipe=null composes none")
+        recipe = None
+    with flag_override(cfg, ["struct", "readonly"], False):
+        cfg.hydra = {"recipe": recipe}
+    return cfg
+
+
+def _refuse_borrowed_names(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> None:
+    """Results go by names and not by classes, so no two choices may have one name."""
+    for key in map(_key, overrides):
+        if key.rpartition(".")[2] == CLASS:
+            raise UserError(
+                f"{key} is no part of what a run is, so its results would pass for those of another class: "
+                f"write a file of configs/{key.partition('.')[0]} with this class and a name of its own"
+            )
+    for group in GROUPS:
+        choice = choices.get(group)
+        if group in cfg and cfg[group].get("name") != choice:
+            raise UserError(
+                f"{group}={choice} has the name '{cfg[group].get('name')}', by which its results would be known; "
+                f"it must be that of its file: name: {choice}"
+            )
 
 
 def build(node: DictConfig) -> Any:
@@ -49,12 +98,12 @@ def build(node: DictConfig) -> Any:
     Raises:
         UserError: a key that the class does not have, or a value that it refuses.
     """
-    with readable_errors(str(node._key())):
+    with readable_errors(node):
         return instantiate(node, _convert_="all")
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Plain data without the keys that do not change what a run is (`NEUTRAL`)."""
+    """Plain data without the keys that say where a run lies and what it shows (`identity.NEUTRAL`)."""
     with readable_errors():
         config = OmegaConf.to_container(cfg, resolve=True)
     for key in NEUTRAL:
@@ -67,52 +116,31 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """What a run is: backbone, budget, method, task, seed, recipe and every other override."""
-    names = {group: cfg[group].name for group in ("backbone", "budget", "method", "task")}
-    recipe = "{method}/{budget}/{task}".format(**names)
-    exists = (CONFIGS / "recipe" / f"{recipe}.yaml").exists()
+    """What a run is: backbone, budget, method, task, seed, recipe and every other override that counts."""
+    keys = {"recipe=null" if o == "~recipe" else o: _key(o) for o in spelled(overrides)}  # no ~ in a folder's name
     return {
-        **names,
+        **{group: cfg[group].name for group in GROUPS},
         "seed": cfg.seed,
-        "recipe": recipe if exists else None,
+        "recipe": cfg.hydra.recipe,
         "settings_from": cfg.settings_from,
-        "overrides": sorted(o for o in overrides if not _is(o, IDENTITY) and not _is(o, NEUTRAL)),
+        "overrides": sorted(o for o, key in keys.items() if key not in KEYS and counts(key)),
     }
 
 
-def inputs(cfg: DictConfig) -> dict[str, str | None]:
-    """Digests of the local files that a run reads and that its configuration only points to, by name.
-
-    Data from the hub and generated data are not among them: a fixed revision, or the configuration, says what they are.
+def inputs(cfg: DictConfig) -> dict[str, str]:
+    """Digests of the local files that a run of this configuration would read now, by name.
 
     Raises:
         UserError: such a file is missing or cannot be read.
     """
-    found: dict[str, str | None] = {}
-    if cfg.task.get("data_dir"):
-        found["data"] = _data_digest(_node(cfg.task))
-    if cfg.backbone.get("path") or cfg.backbone.get("sha256"):
-        found["base"] = _base_digest(_node(cfg.backbone))
-    if cfg.method.get("pattern"):
-        found |= build(cfg.method).inputs()
-    return found
+    node: Any = OmegaConf.to_container(cfg.task, resolve=True)
+    node.pop("seed", None)  # no file depends on it
+    return inputs_of(_task(json.dumps(node)), build(cfg.backbone), build(cfg.method))
 
 
-def _node(cfg: DictConfig) -> str:
-    node: Any = OmegaConf.to_container(cfg, resolve=True)
-    return json.dumps({key: value for key, value in node.items() if key != "seed"})
-
-
-@functools.cache  # a sweep asks for every one of its runs
-def _data_digest(node: str) -> str:
-    from increlora.glue.tasks import fingerprint
-
-    return fingerprint(build(OmegaConf.create(json.loads(node))).read()[1])
-
-
-@functools.cache
-def _base_digest(node: str) -> str | None:
-    return build(OmegaConf.create(json.loads(node))).digest()
+@functools.cache  # which reads its files once, though a sweep asks for every one of its runs
+def _task(node: str) -> Any:
+    return build(OmegaConf.create({"task": json.loads(node)}).task)
 
 
 def read_study(name: str) -> dict[str, Any]:
@@ -139,9 +167,8 @@ def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
     return path / f"seed{run['seed']}"
 
 
-def _is(override: str, keys: Sequence[str]) -> bool:
-    name = override.lstrip("+~").partition("=")[0]
-    return any(name == key or (key in NEUTRAL and name.startswith(f"{key}.")) for key in keys)
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _folder_name(overrides: Sequence[str]) -> str:
@@ -153,23 +180,31 @@ def _folder_name(overrides: Sequence[str]) -> str:
 
 
 class readable_errors:
-    """Turn what Hydra and OmegaConf raise into a UserError of one or two lines.
+    """Turn what Hydra and OmegaConf raise into a UserError of one or two lines, which names keys of the configuration.
+
+    The classes that a configuration describes name their own arguments, in backquotes: `top_h`. Here that becomes the
+    key with the node's name before it: method.top_h.
 
     Args:
-        group: of the configuration, whose object is being built.
+        node: of the configuration, whose object is being built or used.
     """
 
-    def __init__(self, group: str = ""):
-        self.group = group
+    def __init__(self, node: DictConfig | None = None):
+        self.node = node
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (HydraException, OmegaConfBaseException)):
-            cause = error
+        if isinstance(error, UserError):
+            self._name_keys(error)
+        elif isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+            raise UserError("a group takes the name of one of its choices, e.g. task=rte; null is none") from error
+        elif isinstance(error, (HydraException, OmegaConfBaseException)):
+            cause: BaseException | None = error
             while cause is not None:  # instantiate() wraps what the constructor raised
                 if isinstance(cause, UserError):
+                    self._name_keys(cause)
                     raise cause from None
                 if isinstance(cause, OverrideParseException):
                     raise UserError(
@@ -177,7 +212,24 @@ class readable_errors:
                         """e.g. "run_dir='a=b'" (the outer ones for the shell)"""
                     ) from error
                 cause = cause.__cause__
-            raise UserError(_two_lines(str(error), self.group)) from error
+            raise UserError(_two_lines(str(error), self._group())) from error
+
+    def _group(self) -> str:
+        return "" if self.node is None else str(self.node._key())
+
+    def _name_keys(self, error: UserError) -> None:
+        if self.node is not None:
+            error.args = (re.sub(r"`(\w+)`", self._key_of, str(error)),)
+
+    def _key_of(self, argument: re.Match) -> str:
+        name, node = argument[1], self.node
+        if node is None or name not in node:
+            return argument[0]
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        source = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[name]))
+        if source and isinstance(node[name], DictConfig):  # its entries can be set only where they are
+            return source[1]
+        return f"{self._group()}.{name}"
 
 
 def _two_lines(text: str, group: str) -> str:
@@ -198,6 +250,7 @@ def _two_lines(text: str, group: str) -> str:
 def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     """Print an error of the person at the keyboard in two lines and leave with exit code 2.
 
+    Where the reader of the output has left (`| head`), leave without a word, as a process does that the signal ends.
     Wrap both the function that Hydra calls and Hydra's own entry point, which raises what is wrong with
     the overrides. Set HYDRA_FULL_ERROR=1 to see the traceback.
     """
@@ -208,7 +261,13 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra raise what is wrong instead of printing pages
         try:
             with readable_errors():
-                return main(*arguments, **keywords)
+                returned = main(*arguments, **keywords)
+            sys.stdout.flush()  # here, not at the interpreter's end, where it could not be caught
+            return returned
+        except BrokenPipeError:
+            if not _reader_has_left():
+                raise
+            sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
             if WANTS_TRACEBACK:
                 raise
@@ -220,3 +279,13 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
     return call
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the standard output any more; what is still in it is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # an error is told without being asked for
+    left = any(event & select.POLLERR for _, event in output.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left

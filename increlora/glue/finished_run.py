@@ -15,8 +15,7 @@ from torch import Tensor
 
 from increlora import result_files
 from increlora.errors import UserError
-from increlora.files import changed_keys
-from increlora.glue import checkpoint, config, results, token_cache
+from increlora.glue import checkpoint, config, identity, results, token_cache
 from increlora.glue.backbone import Backbone
 from increlora.glue.batching import collate, evaluation_batches, to_device
 from increlora.glue.settings import Settings
@@ -98,20 +97,21 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
         overrides: `key=value` for the keys of `OVERRIDES`: where files lie and where to compute.
 
     Raises:
-        UserError: no finished run, a checkpoint that is missing, broken or of another run, or a backbone that
-            is not the one that was trained.
+        UserError: no finished run, a checkpoint that is missing, broken or of another run, or a backbone or
+            method that reads other files than the run did.
     """
     result = read_result(run_dir)
     state = _state(run_dir / f"{name}.safetensors", result)
     cfg = run_config(result["config"], overrides)
     settings, method, task, backbone = (config.build(cfg[key]) for key in ("train", "method", "task", "backbone"))
-    if results.changed_inputs(result, {"base": backbone.digest()}):
-        raise UserError(
-            f"{run_dir} was trained on other pretrained weights than those of this backbone.\n"
-            "Give the folder with the weights it was trained on: backbone.path=DIR"
-        )
     model = backbone.model(task.num_labels, task.head_dropout)
-    method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
+    with config.readable_errors(cfg.method):
+        if other := results.changed_inputs(result, identity.inputs(backbone, method)):
+            raise UserError(
+                f"{run_dir} was trained on other {results.in_words(other)} than those given here.\n"
+                "Give those it was trained on: backbone.path=DIR, method.pattern=RUN_DIR"
+            )
+        method.prepare(model, settings.total_steps(result["data"]["sizes"]["train"]))
     checkpoint.load_model_state(model, method, state)
     if method.ranks() != result["ranks"].get(name, {}):
         raise UserError(f"{run_dir}: the ranks in {name}.safetensors are not those in {result_files.FILE_NAME}")
@@ -125,7 +125,7 @@ def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfi
     Raises:
         UserError: an override that would make it another run.
     """
-    cfg = OmegaConf.create(dict(stored))
+    cfg = OmegaConf.create(result_files.with_moved_classes(stored))
     for override in ("device=auto", "precision=fp32", *overrides):
         key, _, value = override.lstrip("+").partition("=")
         if key not in OVERRIDES:
@@ -152,9 +152,10 @@ def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the run's weights are needed beside its {result_files.FILE_NAME}")
     document = checkpoint.read(path)
-    identity = result_files.with_moved_classes(document["identity"])
-    expected = {"config": result["config"], "data": result["data"]["fingerprint"], **result.get("inputs", {})}
-    changed = changed_keys({key: identity.get(key) for key in expected}, expected)
+    processes = document["identity"].get("processes", 1)
+    changed = identity.changed_since(
+        document["identity"], identity.of_checkpoint(result["config"], result["inputs"], processes)
+    )
     if changed:
         raise UserError(
             f"{path} is of another run than {result_files.FILE_NAME}: it differs in {', '.join(changed[:5])}"

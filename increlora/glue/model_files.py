@@ -1,5 +1,6 @@
 """Where a pretrained model's files are: a folder, an installed package, the hub's cache or the hub."""
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -34,21 +35,30 @@ class ModelFiles:
     path: str | None
 
     def folder(self, *needs: Alternatives) -> Path:
-        """The folder that holds the needed files: `path`, else the package, else the hub's cache, else the hub.
+        """The folder that holds the needed files: one on this machine, else the hub's.
 
         Raises:
             UserError: no such folder or files, or no hub.
+        """
+        folder = self.present(*needs)
+        if folder is None and self.hub is None:
+            raise UserError(
+                f"backbone {self.name} has no published weights: set backbone.weights=random or backbone.path=DIR"
+            )
+        return folder or self._download(needs)
+
+    def present(self, *needs: Alternatives) -> Path | None:
+        """The folder on this machine that holds the needed files: `path`, else the package's, else the hub's cache.
+
+        Raises:
+            UserError: `path` is no such folder.
         """
         if self.path is not None:
             return _complete_folder(self.path, needs)
         packaged = self._package_folder()
         if packaged is not None and not _lacking(packaged, needs):
             return packaged
-        if self.hub is None:
-            raise UserError(
-                f"backbone {self.name} has no published weights: set backbone.weights=random or backbone.path=DIR"
-            )
-        return _cached(self.hub, self.revision, needs) or self._download(needs)
+        return None if self.hub is None else _cached(self.hub, self.revision, needs)
 
     def described(self) -> Path | None:
         """`path`, if it holds a config.json.
@@ -106,7 +116,14 @@ def sha256(file: Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    with readable(file.parent, file.name), file.open("rb") as opened:
+    with readable(file.parent, file.name):
+        state = file.stat()
+        return _sha256_of(file, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache  # weights are large, and a sweep asks for every one of its runs
+def _sha256_of(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

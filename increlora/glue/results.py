@@ -1,26 +1,26 @@
 """One result file per run: made, written atomically, compared with what is asked for, shown."""
 
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from increlora.errors import UserError
-from increlora.files import changed_keys, writing
+from increlora.files import as_json, writing
+from increlora.glue.identity import differences
 from increlora.matrices import rank_map
-from increlora.result_files import FILE_NAME, padding_share, read
+from increlora.result_files import FILE_NAME, FORMAT, padding_share, read
 
 if TYPE_CHECKING:  # reading results must not cost the import of torch
     from increlora.glue.evaluate import Evaluation
     from increlora.glue.loop import Outcome
     from increlora.glue.tasks import TaskData
 
-INPUTS = {"data": "data", "base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # in words
+INPUTS = {"base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # in words, where the name is not plain
 SOURCES = ("--", ":/run.py", ":/increlora", ":/baselines", ":/configs")  # where a new file may change what is computed
 PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 
@@ -31,13 +31,13 @@ def build(
     data: "TaskData",
     outcome: "Outcome",
     code: Mapping[str, Any],
-    inputs: Mapping[str, str | None],
+    inputs: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of a result file.
 
     Args:
         code: `code_state` from before the training.
-        inputs: digests of what was read beside the data, by name: `base`, the pretrained weights.
+        inputs: digests of what was read, by name (`identity.inputs`).
 
     Scores, ranks and parameters of `best` (on the primary evaluation split), `last` and, with a
     held-out part of train, `clean` (chosen there, scored on the primary split) come from one and the
@@ -49,6 +49,7 @@ def build(
         found["clean"] = outcome.best("holdout")
     chosen = {name: evaluation for name, evaluation in found.items() if evaluation is not None}
     return {
+        "format": FORMAT,
         "status": outcome.status,
         "run": dict(run),
         "code": dict(code),
@@ -130,7 +131,7 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
     """
     path = run_dir / FILE_NAME
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    text = json.dumps(result, indent=1) + "\n"
+    text = as_json(result, indent=1) + "\n"
     with writing(path):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -138,7 +139,7 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
 
 
 def stored(
-    run_dir: Path, config: Mapping[str, Any], inputs: Callable[[], Mapping[str, str | None]] = dict
+    run_dir: Path, config: Mapping[str, Any], inputs: Callable[[], Mapping[str, str]] = dict
 ) -> dict[str, Any] | None:
     """The result of a finished run of this configuration, None if there is none yet.
 
@@ -152,25 +153,28 @@ def stored(
     if not path.exists():
         return None
     result = read(path)
-    changed = changed_keys(result["config"], config)
+    changed = differences(result["config"], config)
     if changed:
         raise UserError(
             f"{path} is the result of another configuration (it differs in {', '.join(changed[:5])}). "
             "Run with overwrite=true to replace it, or with another run_dir."
         )
     if other := changed_inputs(result, inputs()):
-        words = " and ".join(INPUTS[name] for name in other)
         raise UserError(
-            f"{path} is the result with {words} that have changed since, or lie elsewhere.\n"
+            f"{path} is the result with {in_words(other)} that have changed since, or lie elsewhere.\n"
             "Give those it was made with, or run with overwrite=true to replace it, or with another run_dir."
         )
     return result
 
 
-def changed_inputs(result: Mapping[str, Any], inputs: Mapping[str, str | None]) -> list[str]:
-    """The names of what a run read that has another digest now; what its result does not tell is not among them."""
-    before = {"data": result["data"]["fingerprint"], **result.get("inputs", {})}
-    return [name for name, digest in inputs.items() if digest != before.get(name, digest)]
+def changed_inputs(result: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """The names of what a run read that has another digest now; what its result does not tell is left out."""
+    return [name for name, digest in inputs.items() if digest != result["inputs"].get(name, digest)]
+
+
+def in_words(inputs: Sequence[str]) -> str:
+    """Names of what a run reads, as a person says them."""
+    return " and ".join(INPUTS.get(name, name) for name in inputs)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -58,19 +58,19 @@ class Settings:
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
             raise UserError(f"precision must be one of {', '.join(AUTOCAST)}, it is '{self.precision}'")
-        check_numbers(self, "train")
+        check_numbers(self)
         positive = ("epochs", "batch_size", "eval_batch_size", "accumulation", "eval_interval", "log_interval")
         for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped", "learning_rate", "max_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"train.{name} must be above 0, it is {value}")
+                raise UserError(f"`{name}` must be above 0, it is {value}")
         for name in ("weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
-                raise UserError(f"train.{name} must not be negative, it is {getattr(self, name)}")
+                raise UserError(f"`{name}` must not be negative, it is {getattr(self, name)}")
         if self.batch_size % (self.accumulation * distributed.processes()):
             raise UserError(
-                f"train.accumulation ({self.accumulation}) times the processes ({distributed.processes()}) "
-                f"must divide train.batch_size ({self.batch_size})"
+                f"`accumulation` ({self.accumulation}) times the processes ({distributed.processes()}) "
+                f"must divide `batch_size` ({self.batch_size})"
             )
         if self.precision == "fp16" and self.torch_device.type != "cuda":
             raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or fp32")

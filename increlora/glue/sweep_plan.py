@@ -15,6 +15,7 @@ A value may depend on other runs, which then run first:
     {run_with: {OVERRIDE: VALUE}}              the directory of the same run with other overrides
 """
 
+import functools
 import itertools
 import json
 import statistics
@@ -29,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from increlora import result_files
 from increlora.errors import UserError
-from increlora.glue import config, results
+from increlora.glue import config, identity, results
 
 SWEEPS = config.CONFIGS / "sweep"
 REFUSED = {
@@ -177,7 +178,7 @@ def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Map
         for name, value in settings.items():
             if reason := REFUSED.get(str(name).lstrip("+~")):
                 raise UserError(f"{name}={value}: {reason}")
-        key = json.dumps(settings, sort_keys=True)
+        key = json.dumps(counted(settings), sort_keys=True)
         if key not in runs:
             undecided = {name: value for name, value in settings.items() if isinstance(value, dict)}
             sources = {name: [add(other) for other in needed(own, name, value)] for name, value in undecided.items()}
@@ -189,6 +190,11 @@ def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Map
             if all(str(settings[key]) in values for key, values in chosen.items() if key in settings):
                 add(settings)
     return list(runs.values())
+
+
+def counted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are part of what a run is."""
+    return {name: value for name, value in settings.items() if identity.counts(str(name).lstrip("+~"))}
 
 
 def product(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -253,12 +259,25 @@ def quoted(value: Any) -> str:
 
 def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
     """The result of a run that finished before, in its own directory or among the known ones."""
+    if known is None and not (run.directory / result_files.FILE_NAME).exists():
+        return None  # without composing it again
     cfg = config.load(run.overrides)
     resolved = config.resolved(cfg)
     result = results.stored(run.directory, resolved, lambda: config.inputs(cfg))
-    if result is None and known is not None:
-        path = (known / run.directory.relative_to("runs")).with_suffix(".json")
-        found = result_files.read(path) if path.exists() else None
-        if found and found["config"] == json.loads(json.dumps(resolved)):
-            result = None if results.changed_inputs(found, config.inputs(cfg)) else found
-    return result
+    if result is not None or known is None:
+        return result
+    asked = config.identity(cfg, run.overrides)
+    for found in known_results(known).get(tuple(asked[key] for key in identity.KEYS), []):
+        same = not identity.differences(found["config"], json.loads(json.dumps(resolved)))
+        if same and not results.changed_inputs(found, config.inputs(cfg)):
+            return found
+    return None
+
+
+@functools.cache
+def known_results(folder: Path) -> dict[tuple, list[dict[str, Any]]]:
+    """The results below a folder by what they are: it does not matter where they lie."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for result in result_files.load_runs(folder):
+        found.setdefault(tuple(result["run"][key] for key in identity.KEYS), []).append(result)
+    return found

@@ -136,6 +136,7 @@ class Task:
     train_fraction: float = 1.0
     seed: int = 0
     joint: bool = False
+    fingerprint: str | None = field(default=None, init=False, repr=False, compare=False)  # of what was read
 
     def __post_init__(self) -> None:
         self.primary = [self.primary] if isinstance(self.primary, str) else list(self.primary)
@@ -192,6 +193,7 @@ class Task:
         """
         self._check_length(tokenizer)
         source, splits = self.read()
+        self.fingerprint = digest = fingerprint(splits)
         chosen = self._choose(splits)
         tokenised = {name: self.tokenise(name, examples, tokenizer) for name, examples in chosen.items()}
         truncated = {name: self._count_truncated(tokenised[name], chosen[name], tokenizer) for name in chosen}
@@ -200,10 +202,22 @@ class Task:
             evaluation={name: split for name, split in tokenised.items() if name != "train"},
             source=source,
             sizes={name: len(split) for name, split in tokenised.items()},
-            fingerprint=fingerprint(splits),
+            fingerprint=digest,
             truncated=truncated,
             skipped={name: examples.skipped for name, examples in splits.items() if examples.skipped},
         )
+
+    def inputs(self) -> dict[str, str]:
+        """The digest of the data, by name: of what `load` read, else of the local files.
+
+        Data from the hub, and generated data, have none before: a fixed revision, or the fields, say what they are.
+
+        Raises:
+            UserError: local data that is missing or malformed.
+        """
+        if self.fingerprint is None and self.data_dir is not None:
+            self.fingerprint = fingerprint(self.read()[1])
+        return {} if self.fingerprint is None else {"data": self.fingerprint}
 
     def read(self) -> tuple[str, dict[str, Examples]]:
         """The source, and its splits as they are: `train`, then those of `dev`."""

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from increlora.files import writing
+from increlora.errors import UserError
+from increlora.files import as_json, writing
 from increlora.matrices import rank_map
 
 log = logging.getLogger(__name__)
+MODES = ("auto", "online", "offline", "disabled")
 
 
 class Tracker:
@@ -51,7 +53,7 @@ class Tracker:
         with writing(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)
             self.file = self.path.open("a", encoding="utf-8")
 
@@ -89,7 +91,7 @@ class Tracker:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         with writing(self.path):
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(as_json(line) + "\n")
             self.file.flush()
 
     def where(self) -> list[str]:
@@ -103,6 +105,9 @@ class WandbTracker(Tracker):
     Args:
         project, entity, tags: as in `wandb.init`.
         mode: online, offline, disabled, or auto: online where an API key and the network are there.
+
+    Raises:
+        UserError: `mode` is none of these.
     """
 
     def __init__(
@@ -112,6 +117,8 @@ class WandbTracker(Tracker):
         tags: list[str] | None = None,
         mode: str = "auto",
     ):
+        if mode not in MODES:
+            raise UserError(f"`mode` must be one of {', '.join(MODES)}, it is '{mode}'")
         self.project, self.entity, self.tags = project, entity, list(tags or [])
         self.mode = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
 
@@ -124,6 +131,7 @@ class WandbTracker(Tracker):
     ) -> None:
         super().start(run_dir, run, config, state)
         self.run: Any = None  # a wandb.Run
+        self.failed = False
         self._mirror(lambda: self._init(run_dir, run, config, state or {}))
 
     def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -177,7 +185,7 @@ class WandbTracker(Tracker):
 
     def where(self) -> list[str]:
         if self.run is None:
-            return [*super().where(), "W&B: off (see the warning above)"]
+            return [*super().where(), f"W&B: off ({'see the warning above' if self.failed else 'disabled'})"]
         if self.mode == "offline":
             folder = Path(self.run.settings.sync_dir)
             return [*super().where(), f"W&B (offline): {folder}", f"to upload it later: wandb sync {folder}"]
@@ -190,7 +198,7 @@ class WandbTracker(Tracker):
         try:
             call()
         except Exception as error:  # whatever a third party's client raises must not cost a run
-            self.mode, self.run = "disabled", None
+            self.mode, self.run, self.failed = "disabled", None, True
             log.warning("W&B failed (%s: %s); the local record goes on in %s", type(error).__name__, error, self.path)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from baselines.adalora import AdaLoRA
 from baselines.adapters import Adapter, Adapters
 from baselines.bitfit import BitFit
-from baselines.controls import RESULT_FILE, PermutedGrowth, RandomGrowth, ShuffledPattern, StaticPattern
+from baselines.controls import PermutedGrowth, RandomGrowth, ShuffledPattern, StaticPattern
 from baselines.lora import LoRA
 from increlora import result_files
 from increlora.errors import UserError
@@ -195,12 +195,12 @@ def test_adalora_refuses_what_cannot_work(tiny_deberta):
         ({"init_warmup": 20, "final_steps": 20}, "must be below the 40 training steps"),
         ({"final_steps": 0}, "final_steps at least 1"),
         ({"interval": 0}, "interval 0 and final_steps at least 1"),
-        ({"init_rank": 2}, "method.init_rank 2 must be above method.target_rank 2"),
+        ({"init_rank": 2}, "`init_rank` 2 must be above `target_rank` 2"),
         ({"target_rank": 0, "init_rank": 1}, "must be at least 1"),
-        ({"alpha": "abc"}, "method.alpha must be a number, it is 'abc'"),
-        ({"beta1": 1.0}, "method.beta1"),
-        ({"dropout": 1.0}, "method.dropout"),
-        ({"orth_weight": -1}, "method.orth_weight"),
+        ({"alpha": "abc"}, "`alpha` must be a number, it is 'abc'"),
+        ({"beta1": 1.0}, "`beta1`"),
+        ({"dropout": 1.0}, "`dropout`"),
+        ({"orth_weight": -1}, "`orth_weight`"),
     ]:
         with naming((changes, said)):
             with pytest.raises(UserError) as error:
@@ -280,7 +280,7 @@ def test_random_growth_ends_at_the_budget_scores_nothing_and_depends_on_the_seed
 def finished(folder, model, ranks=None, status="finished") -> str:
     names = list(RandomGrowth(kinds=TINY_KINDS).adapted_matrices(model))
     ranks = dict(zip(names, ranks or [5, 1, 1, 1, 2, 2, 3, 1, 1, 1, 2, 4], strict=True))
-    (folder / RESULT_FILE).write_text(json.dumps({"status": status, "ranks": {"start": {}, "last": ranks}}))
+    (folder / result_files.FILE_NAME).write_text(json.dumps({"status": status, "ranks": {"start": {}, "last": ranks}}))
     return str(folder)
 
 
@@ -288,7 +288,7 @@ def grown_run(folder, model, growths: dict[int, list[int]]) -> str:
     """A result file by hand: step -> positions of the matrices that grow by one rank."""
     names = list(RandomGrowth(kinds=TINY_KINDS).adapted_matrices(model))
     added = [{"step": step, "added": {names[i]: 1 for i in grow}, "scores": {}} for step, grow in growths.items()]
-    (folder / RESULT_FILE).write_text(json.dumps({"status": "finished", "ranks": {}, "allocations": added}))
+    (folder / result_files.FILE_NAME).write_text(json.dumps({"status": "finished", "ranks": {}, "allocations": added}))
     return str(folder)
 
 
@@ -301,7 +301,7 @@ def histories(model, growths) -> dict[str, tuple[int, ...]]:
 def test_permuted_growth_keeps_steps_and_concentration_and_changes_the_place(tiny_deberta, tmp_path):
     growths = {10: [0, 1, 4, 5, 11], 15: [0, 4, 5, 10, 11], 20: [0, 5]}  # 0 to 3, 6 to 9: squares; 4, 10 and 5, 11 not
     pattern = grown_run(tmp_path, tiny_deberta, growths)
-    given = json.loads((tmp_path / RESULT_FILE).read_text())["allocations"]
+    given = json.loads((tmp_path / result_files.FILE_NAME).read_text())["allocations"]
     before = histories(tiny_deberta, [(growth["step"], growth["added"]) for growth in given])
     shapes = {name: tuple(tiny_deberta.get_submodule(name).weight.shape) for name in before}
     found = []
@@ -337,13 +337,9 @@ def fixed(kind, pattern, **changes):
     return kind(**(given | changes))
 
 
-def test_the_result_file_has_the_name_that_results_gives_it():
-    assert RESULT_FILE == result_files.FILE_NAME
-
-
 @pytest.mark.parametrize("as_file", [False, True])
 def test_static_pattern_trains_the_given_ranks_from_scratch(tiny_deberta, tmp_path, as_file):
-    pattern = finished(tmp_path, tiny_deberta) + (f"/{RESULT_FILE}" if as_file else "")
+    pattern = finished(tmp_path, tiny_deberta) + (f"/{result_files.FILE_NAME}" if as_file else "")
     method = fixed(StaticPattern, pattern)
     optimizer = start(tiny_deberta, method)
     assert list(method.ranks().values()) == [5, 1, 1, 1, 2, 2, 3, 1, 1, 1, 2, 4]
@@ -369,7 +365,7 @@ def test_shuffled_pattern_deals_the_same_ranks_by_the_seed(tiny_deberta, tmp_pat
         method = fixed(ShuffledPattern, pattern, seed=seed)
         method.prepare(copy.deepcopy(tiny_deberta), STEPS)
         dealt.append(method.ranks())
-    given = json.loads((tmp_path / RESULT_FILE).read_text())["ranks"]["last"]
+    given = json.loads((tmp_path / result_files.FILE_NAME).read_text())["ranks"]["last"]
     assert dealt[0] == dealt[1] != dealt[2] and given not in dealt
     assert all(Counter(ranks.values()) == Counter(given.values()) and list(ranks) == list(given) for ranks in dealt)
 
@@ -380,12 +376,12 @@ def test_patterns_that_do_not_fit_are_refused(tiny_deberta, tmp_path):
             fixed(StaticPattern, pattern, **changes).prepare(tiny_deberta, STEPS)
         return str(error.value)
 
-    assert "method.pattern is missing" in said(None)
+    assert "`pattern` is missing" in said(None)
     assert "cannot read ranks from" in said(str(tmp_path))
     assert "status diverged" in said(finished(tmp_path, tiny_deberta, status="diverged"))
     pattern = finished(tmp_path, tiny_deberta)
     assert "total rank of 24, the budget is 48 (4 x 12 matrices)" in said(pattern, target_rank=4, init_rank=4)
     assert "they differ in 10" in said(pattern, matrices=["query"])
     for text in ("[1]", "{}", "no json", '{"status": "finished", "ranks": {"last": {}}}'):
-        (tmp_path / RESULT_FILE).write_text(text)
+        (tmp_path / result_files.FILE_NAME).write_text(text)
         assert str(tmp_path) in said(str(tmp_path))

@@ -35,7 +35,8 @@ MORE = {
     "increlora/distributed.py": {"accelerate"},  # on first use, where a launcher started several processes
     "increlora/glue/export.py": {"integrations"},
     "baselines/authors.py": {"algorithm"},  # IncreLoRA in another arithmetic
-    "baselines/controls.py": {"algorithm"},  # the controls are IncreLoRA but for one decision
+    # the controls are IncreLoRA but for one decision, and read the ranks of its results
+    "baselines/controls.py": {"algorithm", "result_files"},
 }
 # package -> the only files of the library that import it
 HOMES = {

@@ -90,3 +90,21 @@ def test_every_yaml_opens_with_the_command_it_answers_or_its_package():
     for path in CONFIGS.rglob("*.yaml"):
         assert path.read_text().startswith("#"), path
         yaml.safe_load(path.read_text())
+
+
+def test_arguments_are_named_as_keys_where_a_configuration_gave_them():
+    from baselines.lora import LoRA
+
+    with pytest.raises(UserError, match=r"^`rank` must be at least 1, it is 0$"):
+        LoRA(rank=0)
+    cfg = config.load(["method=lora", "method.rank=0", "tracker.mode=bogus", "train.max_steps=0"])
+    for part, said in (("method", "method.rank must"), ("tracker", "tracker.mode must"), ("train", "train.max_steps")):
+        with pytest.raises(UserError, match=f"^{said}"):
+            config.build(cfg[part])
+
+
+def test_what_a_built_object_refuses_later_is_named_so_too_and_a_mapping_by_the_key_that_gives_it():
+    cfg = config.load(["task=rte"])
+    with pytest.raises(UserError, match=r"^method.top_h and `python run.py` and `total_steps` in backbone.kinds$"):  # noqa: SIM117
+        with config.readable_errors(cfg.method):
+            raise UserError("`top_h` and `python run.py` and `total_steps` in `kinds`")

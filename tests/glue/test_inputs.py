@@ -39,8 +39,7 @@ def files(tmp_path):
 def found(run_dir, arguments):
     """What run.py finds of a finished run."""
     cfg = config.load([*TRAINING, *arguments])
-    config._data_digest.cache_clear()  # a process sees one state of a file, this one sees several
-    config._base_digest.cache_clear()
+    config._task.cache_clear()  # a process sees one state of its data, this one sees several
     return results.stored(run_dir, config.resolved(cfg), lambda: config.inputs(cfg))
 
 
@@ -132,5 +131,5 @@ def test_a_known_result_of_other_data_is_not_taken(files, tmp_path, monkeypatch)
     (finished(tmp_path / "elsewhere", *files) / "result.json").rename(known)
     assert sweep_plan.find_result(run, tmp_path / "known")["status"] == "finished"
     write_data(tmp_path / "data", flipped=True)
-    config._data_digest.cache_clear()
+    config._task.cache_clear()
     assert sweep_plan.find_result(run, tmp_path / "known") is None

@@ -30,7 +30,7 @@ def made() -> dict:
     data = TaskData(split, {"dev": split, "holdout": split}, "folder", {"train": 9}, "abc", {"train": 0}, {})
     cost = {"steps": 30, "seconds": 3.0, "tokens": 100, "padded_tokens": 5}
     outcome = Outcome("finished", dict.fromkeys(NAMES, 1), curve, [{"step": 15, "added": {}, "scores": {}}], cost, 0)
-    return results.build(RUN, CONFIG, data, outcome, results.code_state("cpu"), {"base": "b"})
+    return results.build(RUN, CONFIG, data, outcome, results.code_state("cpu"), {"data": "abc", "base": "b"})
 
 
 def test_scores_ranks_and_parameters_come_from_one_checkpoint_each():
@@ -79,8 +79,8 @@ def test_a_finished_run_is_found_and_another_configuration_refused(tmp_path):
     assert results.stored(tmp_path, CONFIG) is None
     results.write(tmp_path, made())
     assert results.stored(tmp_path, CONFIG)["scores"]["best"]["score"] == 0.8
-    changed = CONFIG | {"train": {"epochs": 6, "device": "cpu"}}
-    with pytest.raises(UserError, match=r"differs in train.epochs, train.device\). Run with overwrite=true"):
+    changed = CONFIG | {"train": {"epochs": 6, "max_steps": 3}}
+    with pytest.raises(UserError, match=r"differs in train.epochs, train.max_steps\). Run with overwrite=true"):
         results.stored(tmp_path, changed)
     assert results.stored(tmp_path, CONFIG, lambda: {"data": "abc", "base": "b", "pattern": "unknown then"})
     with pytest.raises(UserError, match="data and pretrained weights that have changed"):
@@ -109,7 +109,7 @@ def test_the_classes_that_committed_results_name_are_found_where_they_are_now():
     found = {
         node["_target_"]
         for result in result_files.load_runs(ROOT / "results" / "runs")
-        for node in result["config"].values()
+        for node in result_files.with_moved_classes(result["config"]).values()
         if isinstance(node, dict) and "_target_" in node
     }
     assert {"increlora.glue.tasks.Task", "increlora.glue.settings.Settings", "increlora.algorithm.IncreLoRA"} < found

@@ -8,6 +8,7 @@ import struct
 import pytest
 import wandb
 
+from increlora.errors import UserError
 from increlora.glue.tracker import Tracker, WandbTracker
 from increlora.matrices import rank_map
 
@@ -110,7 +111,30 @@ def test_a_failing_wandb_costs_nothing_but_itself(tmp_path, caplog, monkeypatch)
     tracker.finish("finished", {})
     assert [line.get("step") for line in lines(tracker)] == [10, 20, None]
     assert caplog.text.count("disk on fire") == 1
+    assert tracker.where()[1:] == ["W&B: off (see the warning above)"]
     run.finish()
+
+
+def test_wandb_that_was_switched_off_warns_of_nothing(tmp_path, caplog):
+    tracker = WandbTracker(mode="disabled")
+    record(tracker, tmp_path)
+    assert tracker.where()[1:] == ["W&B: off (disabled)"] and not caplog.text
+
+
+def test_an_unknown_mode_is_refused():
+    for mode in ("bogus", "", False):
+        with pytest.raises(UserError, match=f"`mode` must be one of auto, online, offline, disabled, it is '{mode}'"):
+            WandbTracker(mode=mode)
+
+
+def test_a_value_that_is_no_number_is_null_in_the_record(tmp_path):
+    tracker = Tracker()
+    tracker.start(tmp_path, RUN, CONFIG)
+    tracker.log(1, {"eval/loss": float("nan"), "train/gradient_norm": float("inf"), "eval/score": 0.5})
+    assert "NaN" not in tracker.path.read_text()
+    assert lines(tracker)[0] | {"seconds": 0} == {
+        "step": 1, "seconds": 0, "eval/loss": None, "train/gradient_norm": None, "eval/score": 0.5,
+    }  # fmt: skip
 
 
 def test_without_key_or_network_wandb_goes_offline_by_itself(monkeypatch, tmp_path):

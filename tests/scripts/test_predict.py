@@ -206,7 +206,6 @@ def test_an_empty_last_line_is_no_row(run_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [(), ("--batch-size", 0)], ids=["columns", "batch size"])
 def test_nothing_is_written_before_the_input_is_checked(run_dir, tmp_path, monkeypatch, capsys, wrong):
-    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
     (tmp_path / "in.tsv").write_text(tsv(GOOD, header=("premise", "hypothesis" if wrong else "b")))
     assert call(script, monkeypatch, run_dir, tmp_path / "in.tsv", *wrong) == 2
     said = capsys.readouterr()

@@ -1,0 +1,68 @@
+"""What a run is: which keys of a configuration count, in which two runs differ, and what a run reads.
+
+This is the one place that decides. Directories, stored results, checkpoints and sweeps all ask here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from increlora.files import changed_keys
+
+KEYS = ("backbone", "budget", "method", "task", "seed")
+# where a run lies and what it shows: in no result
+NEUTRAL = (
+    "tracker", "run_dir", "overwrite", "device", "hydra", "backbone.path", "task.data_dir",
+    "train.progress", "train.log_interval", "train.checkpoint_interval",
+)  # fmt: skip
+# what is said of a run, and where it computed: a result tells it, and the run is the same whatever it says
+REMARKS = ("settings_from", "train.device", "task.folder", "task.train_examples")
+CLASS = "_target_"  # a file that is moved makes no run another one
+
+
+def counts(key: str) -> bool:
+    """Whether a dotted key is part of what a run is."""
+    key = key.replace("/", ".")
+    if key.rpartition(".")[2] == CLASS:
+        return False
+    return not any(key == name or key.startswith(f"{name}.") for name in (*NEUTRAL, *REMARKS))
+
+
+def counted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The part of a configuration that says what the run is."""
+    found = {}
+    for key, value in config.items():
+        if counts(path := f"{prefix}{key}"):
+            found[key] = counted(value, f"{path}.") if isinstance(value, Mapping) else value
+    return found
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The dotted keys that make two configurations two runs."""
+    return changed_keys(counted(one), counted(other))
+
+
+class Reads(Protocol):
+    """A part of a run that may read files: a task, a backbone, a method."""
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of what this part reads, by name."""
+
+
+def inputs(*parts: Reads) -> dict[str, str]:
+    """Digests of all that these parts of a run read beside their configuration, by name, as each part tells its own."""
+    return {name: digest for part in parts for name, digest in part.inputs().items()}
+
+
+def of_checkpoint(config: Mapping[str, Any], inputs: Mapping[str, str], processes: int) -> dict[str, Any]:
+    """What must stay the same for a run to be continued, in plain data."""
+    return {"config": dict(config), "processes": processes, **inputs}
+
+
+def changed_since(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The dotted keys in which a checkpoint's identity differs from this run's; None stands for nothing read."""
+    before, after = (
+        {key: value for key, value in which.items() if key != "config" and value is not None}
+        for which in (checkpoint, now)
+    )
+    configs = [which.get("config", {}) for which in (checkpoint, now)]
+    return [*(f"config.{key}" for key in differences(configs[0], configs[1])), *changed_keys(before, after)]
