@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from increlora.errors import UserError
+from increlora.groups import parameter_groups
 from increlora.integrations.growth import Growth
 from increlora.method import Method
 
@@ -41,9 +42,7 @@ class IncreLoRACallback(TrainerCallback):
 
     def __init__(self, method: Method, model: PreTrainedModel, args: TrainingArguments, total_steps: int | None = None):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        optimizer: torch.optim.Optimizer = kind(
-            [group | {"weight_decay": args.weight_decay} for group in method.param_groups(model)], **options
-        )
+        optimizer: torch.optim.Optimizer = kind(parameter_groups(method, model, args.weight_decay), **options)
         total_steps = args.max_steps if total_steps is None else total_steps
         self.growth = Growth(method, model, optimizer, total_steps, args.get_warmup_steps(total_steps))
         self.optimizers = optimizer, GroupsDecide(optimizer)
