@@ -11,12 +11,23 @@ from typing import Any
 from increlora.errors import UserError
 
 FILE_NAME = "result.json"
+BACKBONE = "increlora.glue.backbone.Backbone"
 # the classes that results name and where they are now: a moved file makes no run another one
 MOVED = {
-    "increlora.backbone.Backbone": "increlora.glue.backbone.Backbone",
+    "increlora.backbone.Backbone": BACKBONE,
     "increlora.synthetic.SyntheticEntailment": "increlora.glue.synthetic.SyntheticEntailment",
     "increlora.tasks.Task": "increlora.glue.tasks.Task",
     "increlora.train.Settings": "increlora.glue.settings.Settings",
+}
+# what older results do not say, because it followed from the architecture
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "deberta-v2": {"tokenizer_files": [["spm.model"], ["tokenizer.json"]], "sentencepiece": "spm.model"},
+    "bert": {"tokenizer_files": [["tokenizer.json"], ["vocab.txt"]], "sentencepiece": None},
+    "roberta": {"tokenizer_files": [["tokenizer.json"], ["vocab.json", "merges.txt"]], "sentencepiece": None},
+}
+OTHER_TOKENIZER: dict[str, Any] = {
+    "tokenizer_files": [["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"]],
+    "sentencepiece": None,
 }
 
 
@@ -29,19 +40,21 @@ def read(path: Path) -> dict[str, Any]:
     if not path.exists():
         refuse_unfinished(path.parent)
     try:
-        return with_moved_classes(json.loads(path.read_text(encoding="utf-8")))
+        return up_to_date(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the result file {path}: {error}") from None
 
 
-def with_moved_classes(stored: Any) -> Any:
-    """What a result or a checkpoint holds, with every class (`_target_`) named by where it is now."""
+def up_to_date(stored: Any) -> Any:
+    """What a result or a checkpoint holds, as it would be written now: classes by where they are, no key missing."""
     if not isinstance(stored, dict):
         return stored
-    moved = {key: with_moved_classes(value) for key, value in stored.items()}
-    if moved.get("_target_") in MOVED:
-        moved["_target_"] = MOVED[moved["_target_"]]
-    return moved
+    found = {key: up_to_date(value) for key, value in stored.items()}
+    if "_target_" in found:
+        found["_target_"] = MOVED.get(found["_target_"], found["_target_"])
+    if found.get("_target_") == BACKBONE and "tokenizer_files" not in found:
+        found |= TOKENIZERS.get(found["architecture"]["model_type"], OTHER_TOKENIZER)
+    return found
 
 
 def refuse_unfinished(run_dir: Path) -> None:

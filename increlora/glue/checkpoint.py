@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from increlora.errors import UserError, first_line
 from increlora.files import changed_keys, writing
 from increlora.method import Method
-from increlora.result_files import with_moved_classes
+from increlora.result_files import up_to_date
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # 2: components lie in the bank
@@ -183,7 +183,7 @@ class Checkpoints:
             log.warning("%s; the one before it is whole and is used", sentence)
         if document is None:
             return None
-        changed = changed_keys(with_moved_classes(document["identity"]), json.loads(json.dumps(self.identity)))
+        changed = changed_keys(up_to_date(document["identity"]), json.loads(json.dumps(self.identity)))
         if changed:
             raise UserError(
                 f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"

@@ -152,7 +152,7 @@ def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the run's weights are needed beside its {result_files.FILE_NAME}")
     document = checkpoint.read(path)
-    identity = result_files.with_moved_classes(document["identity"])
+    identity = result_files.up_to_date(document["identity"])
     expected = {"config": result["config"], "data": result["data"]["fingerprint"], **result.get("inputs", {})}
     changed = changed_keys({key: identity.get(key) for key in expected}, expected)
     if changed:
