@@ -13,12 +13,23 @@ from increlora.errors import UserError, first_line
 
 FORMAT = 2  # `_upgraded` says how earlier ones differ
 FILE_NAME = "result.json"
-# the classes that finished runs name, and where they are now
+BACKBONE = "increlora.glue.backbone.Backbone"
+# the classes that results name and where they are now: a moved file makes no run another one
 MOVED = {
-    "increlora.backbone.Backbone": "increlora.glue.backbone.Backbone",
+    "increlora.backbone.Backbone": BACKBONE,
     "increlora.synthetic.SyntheticEntailment": "increlora.glue.synthetic.SyntheticEntailment",
     "increlora.tasks.Task": "increlora.glue.tasks.Task",
     "increlora.train.Settings": "increlora.glue.settings.Settings",
+}
+# what older results do not say, because it followed from the architecture
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "deberta-v2": {"tokenizer_files": [["spm.model"], ["tokenizer.json"]], "sentencepiece": "spm.model"},
+    "bert": {"tokenizer_files": [["tokenizer.json"], ["vocab.txt"]], "sentencepiece": None},
+    "roberta": {"tokenizer_files": [["tokenizer.json"], ["vocab.json", "merges.txt"]], "sentencepiece": None},
+}
+OTHER_TOKENIZER: dict[str, Any] = {
+    "tokenizer_files": [["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"]],
+    "sentencepiece": None,
 }
 
 
@@ -49,6 +60,8 @@ def _upgraded(result: dict[str, Any]) -> dict[str, Any]:
     Format 1 has no `format`. Its `run.overrides` hold `settings_from`, its `run.recipe` is the one that the names
     suggest, and its `inputs` lack the data's digest.
     """
+    if "config" in result:
+        result["config"] = up_to_date(result["config"])
     if result.get("format", 1) < 2:
         result["format"] = 2
         if "run" in result:
@@ -73,14 +86,16 @@ def _run_of_format_1(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "overrides": overrides, "recipe": recipe}
 
 
-def with_moved_classes(stored: Any) -> Any:
-    """A stored configuration with every class (`_target_`) named by where it is now, so that it can be built."""
+def up_to_date(stored: Any) -> Any:
+    """What a result or a checkpoint holds, as it would be written now: classes by where they are, no key missing."""
     if not isinstance(stored, dict):
         return stored
-    moved = {key: with_moved_classes(value) for key, value in stored.items()}
-    if moved.get("_target_") in MOVED:
-        moved["_target_"] = MOVED[moved["_target_"]]
-    return moved
+    found = {key: up_to_date(value) for key, value in stored.items()}
+    if "_target_" in found:
+        found["_target_"] = MOVED.get(found["_target_"], found["_target_"])
+    if found.get("_target_") == BACKBONE and "tokenizer_files" not in found:
+        found |= TOKENIZERS.get(found["architecture"]["model_type"], OTHER_TOKENIZER)
+    return found
 
 
 def refuse_unfinished(run_dir: Path) -> None:

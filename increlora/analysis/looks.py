@@ -54,10 +54,10 @@ TASKS = Labels({
     "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP",
     "mnli": "MNLI", "wnli": "WNLI",
 })  # fmt: skip
-BACKBONES = {"minilm": "MiniLM", "deberta_v3_base": "DeBERTaV3-base"}
+BACKBONES = {"minilm": "MiniLM", "deberta_v3_base": "DeBERTaV3-base", "mpnet_base": "MPNet-base"}
 KINDS = {
     "query": "$W_q$", "key": "$W_k$", "value": "$W_v$", "attention_output": "$W_o$", "intermediate": "$W_{f1}$",
-    "output": "$W_{f2}$",
+    "output": "$W_{f2}$", "query_key_value": "$W_{qkv}$",
 }  # fmt: skip
 METRICS = {
     "accuracy": "accuracy (%)",

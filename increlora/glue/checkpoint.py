@@ -26,6 +26,7 @@ from increlora.errors import UserError, first_line
 from increlora.files import writing
 from increlora.glue.identity import changed_since
 from increlora.method import Method
+from increlora.result_files import up_to_date
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # 2: components lie in the bank
@@ -187,7 +188,7 @@ class Checkpoints:
             log.warning("%s; the one before it is whole and is used", sentence)
         if document is None:
             return None
-        changed = changed_since(document["identity"], json.loads(json.dumps(self.identity)))
+        changed = changed_since(up_to_date(document["identity"]), json.loads(json.dumps(self.identity)))
         if changed:
             raise UserError(
                 f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"

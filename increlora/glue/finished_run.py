@@ -125,7 +125,7 @@ def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfi
     Raises:
         UserError: an override that would make it another run.
     """
-    cfg = OmegaConf.create(result_files.with_moved_classes(stored))
+    cfg = OmegaConf.create(result_files.up_to_date(stored))
     for override in ("device=auto", "precision=fp32", *overrides):
         key, _, value = override.lstrip("+").partition("=")
         if key not in OVERRIDES:
@@ -154,7 +154,8 @@ def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     document = checkpoint.read(path)
     processes = document["identity"].get("processes", 1)
     changed = identity.changed_since(
-        document["identity"], identity.of_checkpoint(result["config"], result["inputs"], processes)
+        result_files.up_to_date(document["identity"]),
+        identity.of_checkpoint(result["config"], result["inputs"], processes),
     )
     if changed:
         raise UserError(

@@ -1,26 +1,19 @@
-"""Where a pretrained model's files are: a folder, an installed package, the hub's cache or the hub."""
+"""Where a pretrained model's files are: a folder, installed packages, the hub's cache or the hub."""
 
-import functools
-import hashlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from increlora.errors import UserError, first_line
 from increlora.glue.hub import require_hub
+from increlora.glue.packaged import packaged_folder
 
-# what a folder must hold: the first of the alternatives that is there, each a tuple of files
-Alternatives = tuple[tuple[str, ...], ...]
+# what a folder must hold: the first of the alternatives that is there, each some files
+Alternatives = Sequence[Sequence[str]]
 CONFIG: Alternatives = (("config.json",),)
 WEIGHTS: Alternatives = (("model.safetensors",), ("pytorch_model.bin",))
-TOKENIZER: dict[str, Alternatives] = {
-    "deberta-v2": (("spm.model",), ("tokenizer.json",)),
-    "bert": (("tokenizer.json",), ("vocab.txt",)),
-    "roberta": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-}
-OTHER_TOKENIZER: Alternatives = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -31,8 +24,9 @@ class ModelFiles:
     name: str
     hub: str | None
     revision: str | None
-    package: dict[str, str] | None
+    package: dict[str, Any] | None
     path: str | None
+    sha256: str | None
 
     def folder(self, *needs: Alternatives) -> Path:
         """The folder that holds the needed files: one on this machine, else the hub's.
@@ -70,12 +64,7 @@ class ModelFiles:
         return None if folder is None or _lacking(folder, (CONFIG,)) else folder
 
     def _package_folder(self) -> Path | None:
-        if self.package is None:
-            return None
-        found = importlib.util.find_spec(self.package["module"])  # finds, does not import
-        if found is None or not found.submodule_search_locations:
-            return None
-        return Path(found.submodule_search_locations[0]) / self.package["folder"]
+        return None if self.package is None else packaged_folder(self.package, self.name, self.sha256)
 
     def _download(self, needs: Sequence[Alternatives]) -> Path:
         require_hub(self._instead())
@@ -97,7 +86,10 @@ class ModelFiles:
         return folder
 
     def _instead(self) -> str:
-        pip = f"`pip install {self.package['requirement']}` or " if self.package else ""
+        pip = ""
+        if self.package is not None:
+            extra = f" (the extra {self.package['extra']})" if "extra" in self.package else ""
+            pip = f"`pip install {self.package['requirement']}`{extra} or "
         return f"{pip}backbone.path=DIR (a folder with the files of {self.hub})"
 
 
@@ -108,23 +100,6 @@ def _lacking(folder: Path, needs: Sequence[Alternatives]) -> list[str]:
         for need in needs
         if not any(all((folder / name).is_file() for name in files) for files in need)
     ]
-
-
-def sha256(file: Path) -> str:
-    """The digest (hex) of a file's bytes.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    with readable(file.parent, file.name):
-        state = file.stat()
-        return _sha256_of(file, state.st_size, state.st_mtime_ns)
-
-
-@functools.cache  # weights are large, and a sweep asks for every one of its runs
-def _sha256_of(file: Path, size: int, changed: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _complete_folder(path: str, needs: Sequence[Alternatives]) -> Path:
@@ -151,7 +126,7 @@ def _cached(hub: str, revision: str | None, needs: Sequence[Alternatives]) -> Pa
     return None if _lacking(folder, needs) else folder
 
 
-def _first_offered(need: Alternatives, offered: set[str]) -> tuple[str, ...]:
+def _first_offered(need: Alternatives, offered: set[str]) -> Sequence[str]:
     return next((files for files in need if offered.issuperset(files)), ())
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from increlora.glue.cache_folder import cache_folder
+
 log = logging.getLogger(__name__)
 FROM = 10_000  # examples: with fewer, tokenising is as fast as asking
 FORMAT = 1
@@ -25,8 +27,8 @@ Encoded = tuple[list[list[int]], list[list[int]] | None]  # token ids, and segme
 
 
 def folder() -> Path:
-    """Where the files lie: `INCRELORA_CACHE`, or ~/.cache/increlora."""
-    return Path(os.environ.get("INCRELORA_CACHE", "~/.cache/increlora")).expanduser() / "tokens"
+    """Where the files lie."""
+    return cache_folder("tokens")
 
 
 def encoded(

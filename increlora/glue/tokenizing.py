@@ -1,4 +1,4 @@
-"""Tokenizers as the backbones were trained with: DeBERTaV3's own pieces, whole words of the synthetic task."""
+"""Tokenizers as the backbones were trained with: from their own files, or whole words of the synthetic task."""
 
 import string
 from pathlib import Path
@@ -10,14 +10,21 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
 
 
-def load_tokenizer(folder: Path, model_type: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path, model_type: str, sentencepiece: str | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder, with no limit on the length.
+
+    Args:
+        model_type: whose tokenizer class of transformers builds it.
+        sentencepiece: file of a SentencePiece model that is read instead, or, where it is absent, tokenizer.json as
+            it stands; None leaves it to the class.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if model_type != "deberta-v2":
+    if sentencepiece is None:
         tokenizer = AutoTokenizer.from_pretrained(folder, tokenizer_type=model_type)
-    elif (folder / "spm.model").is_file():
-        tokenizer = sentencepiece_tokenizer(folder / "spm.model")
-    else:  # the file as it is; transformers' DeBERTa class would rebuild it without the normalization
+    elif (folder / sentencepiece).is_file():
+        tokenizer = sentencepiece_tokenizer(folder / sentencepiece)
+    else:  # the class would rebuild it without the normalization
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     # a file may bring its author's limits (MiniLM's cuts at 128 and pads to it); the caller sets them
     tokenizer.backend_tokenizer.no_truncation()

@@ -14,7 +14,7 @@ ROOMS = {
     "integrations": ("increlora/integrations", {"torch", "transformers", "accelerate", "peft", "safetensors"}),
     "glue": ("increlora/glue", {
         "torch", "numpy", "scipy", "sklearn", "safetensors", "transformers", "tokenizers", "sentencepiece", "datasets",
-        "huggingface_hub", "evaluate", "hydra", "omegaconf", "yaml", "tqdm", "rich", "wandb", "matplotlib", "PIL",
+        "filelock", "huggingface_hub", "evaluate", "hydra", "omegaconf", "yaml", "tqdm", "rich", "wandb", "matplotlib", "PIL",
     }),
     "analysis": ("increlora/analysis", {"numpy", "scipy", "pandas", "matplotlib"}),
     "baselines": ("baselines", {"torch", "peft"}),

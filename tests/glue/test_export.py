@@ -27,10 +27,11 @@ METHODS = {
     "lora": ["method=lora", "method.rank=3"],
     "adalora": ["method=adalora"],
 }
-CASES = [(b, m) for b in ("deberta_v3_base", "bert_base", "roberta_base") for m in METHODS] + [("minilm", "increlora")]
+CASES = [(b, m) for b in ("deberta_v3_base", "bert_base", "roberta_base") for m in METHODS]
+CASES += [("minilm", "increlora"), ("mpnet_base", "increlora")]
 only = {method: pytest.mark.parametrize("case", [c for c in CASES if c[1] == method], ids="-".join, indirect=True)
         for method in METHODS}  # fmt: skip
-HEADS = {"deberta_v3_base": ["pooler", "classifier"], "roberta_base": ["classifier"]}
+HEADS = {"deberta_v3_base": ["pooler", "classifier"], "roberta_base": ["classifier"], "mpnet_base": ["classifier"]}
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_the_classes_that_committed_results_name_are_found_where_they_are_now():
     found = {
         node["_target_"]
         for result in result_files.load_runs(ROOT / "results" / "runs")
-        for node in result_files.with_moved_classes(result["config"]).values()
+        for node in result_files.up_to_date(result["config"]).values()
         if isinstance(node, dict) and "_target_" in node
     }
     assert {"increlora.glue.tasks.Task", "increlora.glue.settings.Settings", "increlora.algorithm.IncreLoRA"} < found

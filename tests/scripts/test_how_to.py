@@ -16,7 +16,6 @@ RELEVANT = (
     "tests/glue/test_recipes.py::test_every_method_composes_and_builds_without_a_recipe",
     "tests/glue/test_tasks.py::test_every_yaml_is_short_says_its_command_and_names_the_fields",
     "tests/glue/test_backbone.py::test_the_head_and_every_kind_of_every_backbone_are_found_and_apart",
-    "tests/glue/test_backbone.py::test_yaml_is_the_dataclass",
     "tests/analysis/test_figures.py::test_every_listed_method_has_a_look_of_its_own_and_any_other_a_spare_one",
     "tests/scripts/test_docs.py::test_the_reference_of_keys_is_not_stale",
 )
