@@ -1,7 +1,6 @@
 """A script loaded as a module and called as its command line would, without the cost of a process of its own."""
 
 import importlib.util
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +21,7 @@ def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
     """The script's main with these arguments; its exit code."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `guarded` sets it; this puts it back
-    pipe = signal.getsignal(signal.SIGPIPE)  # which predict.py changes, for a process of its own
     try:
         return script.main() or 0
     except SystemExit as stop:
         return stop.code
-    finally:
-        signal.signal(signal.SIGPIPE, pipe)
