@@ -13,7 +13,8 @@ ROOMS = {
     "root": ("increlora", {"torch"}),
     "integrations": ("increlora/integrations", {"torch", "transformers", "accelerate", "peft", "safetensors"}),
     "glue": ("increlora/glue", {
-        "torch", "numpy", "scipy", "sklearn", "safetensors", "transformers", "tokenizers", "sentencepiece", "datasets", "filelock",
+        "torch", "numpy", "scipy", "sklearn", "safetensors", "transformers", "tokenizers", "sentencepiece",
+        "datasets", "filelock",
         "huggingface_hub", "evaluate", "hydra", "omegaconf", "yaml", "tqdm", "rich", "wandb", "matplotlib", "PIL",
     }),
     "analysis": ("increlora/analysis", {"numpy", "scipy", "pandas", "matplotlib"}),
