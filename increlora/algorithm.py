@@ -72,14 +72,14 @@ class IncreLoRA(Method):
         super().__post_init__()
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be in [0, 1), it is {getattr(self, name)}")
+                raise UserError(f"`{name}` must be in [0, 1), it is {getattr(self, name)}")
         for name in ("orth_weight", "reserve_lambda"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, it is {getattr(self, name)}")
+                raise UserError(f"`{name}` must not be negative, it is {getattr(self, name)}")
         if self.score_reduction not in ("sqrt", "mean"):
-            raise UserError(f"score_reduction must be sqrt or mean, it is '{self.score_reduction}'")
+            raise UserError(f"`score_reduction` must be sqrt or mean, it is '{self.score_reduction}'")
         if self.scoring_window not in ("auto", "all") and not (type(self.scoring_window) is int and self.window > 0):
-            raise UserError(f"scoring_window must be auto, all or a number above 0, it is {self.scoring_window}")
+            raise UserError(f"`scoring_window` must be auto, all or a number above 0, it is {self.scoring_window}")
 
     # set up
 

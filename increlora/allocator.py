@@ -36,13 +36,13 @@ class Allocator:
     def __post_init__(self) -> None:
         for name in ("matrices", "init_rank", "target_rank", "rank_step", "top_h", "interval"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, it is {getattr(self, name)}")
+                raise UserError(f"`{name}` must be at least 1, it is {getattr(self, name)}")
         if self.init_warmup < 0:
-            raise UserError(f"init_warmup must not be negative, it is {self.init_warmup}")
+            raise UserError(f"`init_warmup` must not be negative, it is {self.init_warmup}")
         if self.target_rank < self.init_rank:
             raise UserError(
                 f"the budget is below the start: target_rank {self.target_rank} < init_rank {self.init_rank}. "
-                "Raise target_rank or lower init_rank."
+                "Raise `target_rank` or lower `init_rank`."
             )
 
     @property
@@ -103,7 +103,7 @@ class Allocator:
                 f"the growth schedule does not fit: {len(steps)} growths, at steps {steps[0]} to {steps[-1]}, but step "
                 f"{latest} is the last after which new ranks still train, in {total_steps} training steps (interval "
                 f"{self.interval}, init_warmup {self.init_warmup}, top_h {self.top_h}, rank_step {self.rank_step}, "
-                f"budget {self.budget}). Lower interval or raise top_h, rank_step or the number of steps."
+                f"budget {self.budget}). Lower `interval` or raise `top_h`, `rank_step` or the number of steps."
             )
 
     def smallest_top_h(self, total_steps: int) -> int:

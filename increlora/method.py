@@ -186,11 +186,11 @@ class Method:
     def adapted_matrices(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers to adapt, by name, in model order."""
         if not isinstance(self.kinds, Mapping):
-            raise UserError(f"kinds must map names to regular expressions over module names, it is {self.kinds!r}")
+            raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:
-            raise UserError(f"matrices names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
+            raise UserError(f"`matrices` names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
         return surgery.find_matrices(model, {k: kinds[k] for k in self.matrices or kinds})
 
     def freeze_all_but_head(self, model: nn.Module) -> None:

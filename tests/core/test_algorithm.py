@@ -55,17 +55,17 @@ def test_ranks_end_exactly_at_the_budget_and_allocations_tell_how(tiny_deberta):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"interval": 0}, "interval must be at least 1, it is 0"),
-        ({"top_h": 0}, "top_h must be at least 1, it is 0"),
-        ({"rank_step": 0}, "rank_step must be at least 1, it is 0"),
+        ({"interval": 0}, "`interval` must be at least 1, it is 0"),
+        ({"top_h": 0}, "`top_h` must be at least 1, it is 0"),
+        ({"rank_step": 0}, "`rank_step` must be at least 1, it is 0"),
         ({"target_rank": 1.5}, "`target_rank` must be a whole number, it is 1.5"),
         ({"top_h": "many"}, "`top_h` must be a whole number or null, it is 'many'"),
         ({"orth_weight": "abc"}, "`orth_weight` must be a number, it is 'abc'"),
         ({"alpha": float("inf")}, "`alpha` must be a number, it is inf"),
         ({"advance_learning": "flase"}, "`advance_learning` must be true or false, it is 'flase'"),
         ({"scoring_window": 0.5}, "`scoring_window` must be a whole number or a word, it is 0.5"),
-        ({"scoring_window": "some"}, "scoring_window must be auto, all or a number above 0"),
-        ({"orth_weight": -0.1}, "orth_weight must not be negative, it is -0.1"),
+        ({"scoring_window": "some"}, "`scoring_window` must be auto, all or a number above 0"),
+        ({"orth_weight": -0.1}, "`orth_weight` must not be negative, it is -0.1"),
     ],
 )
 def test_impossible_values_are_refused(tiny_deberta, changes, said):
@@ -321,10 +321,10 @@ def test_the_last_growth_takes_what_is_left_of_the_budget(tiny_deberta):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"beta1": 1.0}, "beta1 must be in"),
+        ({"beta1": 1.0}, "`beta1` must be in"),
         ({"score_reduction": "max"}, "sqrt or mean"),
-        ({"scoring_window": 0}, "scoring_window must be auto, all or a number above 0"),
-        ({"scoring_window": "some"}, "scoring_window must be auto, all or a number above 0"),
+        ({"scoring_window": 0}, "`scoring_window` must be auto, all or a number above 0"),
+        ({"scoring_window": "some"}, "`scoring_window` must be auto, all or a number above 0"),
         ({"matrices": ["query", "quary"]}, "quary; the backbone has: query, key"),
         ({"kinds": {"query": r".*\.q_proj"}}, "no linear layer matches matrix kind 'query'"),
         ({"interval": 20, "top_h": 1}, "the growth schedule does not fit: 12 growths"),

@@ -86,9 +86,9 @@ def test_budget_is_hit_exactly_from_any_top_h():
     ("changes", "said"),
     [
         ({"target_rank": 1, "init_rank": 2}, "below the start"),
-        ({"top_h": 0}, "top_h must be at least 1"),
-        ({"interval": 0}, "interval must be at least 1"),
-        ({"init_warmup": -1}, "init_warmup must not be negative"),
+        ({"top_h": 0}, "`top_h` must be at least 1"),
+        ({"interval": 0}, "`interval` must be at least 1"),
+        ({"init_warmup": -1}, "`init_warmup` must not be negative"),
     ],
 )
 def test_impossible_values_are_refused_with_their_numbers(changes, said):
