@@ -30,7 +30,7 @@ class Backbone:
         head: regular expression over whole parameter names: pooler and classifier, the trained head.
         head_dropout_keys: entries of the configuration that carry the head's dropout.
         architecture: arguments of the transformers configuration, `model_type` among them, that
-            `weights="random"` builds from; a folder with a config.json has the last word.
+            `weights="random"` builds from; a config.json in the given folder overrides it.
         path: local folder with config.json, weights and tokenizer, instead of package and hub.
         weights: "pretrained" or "random".
         package: an installed Python package that ships the same files and is asked before the hub:
