@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-# torch's own threads fight over few cores; one each is faster on the small models here
+# with few cores, one thread per process is faster for the small models here
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install quickstart test check lint tables parity notebooks docs

@@ -2,8 +2,8 @@
 
     python run.py task=mnli method=increlora
 
-`python run.py --cfg job` shows every key. A run that was cut off continues when it is asked for again;
-a finished one returns its stored result. Several processes: `torchrun --nproc-per-node N run.py ...`.
+`python run.py --cfg job` shows every key. The same command later continues a run that was cut off, or returns the
+stored result of a finished run. Several processes: `torchrun --nproc-per-node N run.py ...`.
 """
 
 import contextlib

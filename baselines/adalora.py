@@ -13,16 +13,16 @@ t_f is the length of the last phase, not the step at which pruning ends: both th
 (`final_warmup`) and PEFT (`tfinal`) end the cubic phase at T - t_f. t counts from 0 and is the number of
 steps taken before the one that has just been taken, as in the authors' loop.
 
-What of PEFT stands in the way, and what is done about it:
+Where PEFT differs from what is needed here, and what is done about it:
 
 - `AdaLoraModel.forward` adds the penalty to the reported loss: the model is called directly, the penalty is
   `extra_loss`.
 - The allocator prunes all scores that equal the threshold, so ties end below the budget: `ExactAllocator`.
 - The allocator's averages and its mask are in no state dict: they are in `state_dict` here.
 - t_f = 0 never reaches the last mask and ends above the budget: refused.
-- Pruned triplets keep their tensors, and P and Q of them go on in penalty and optimizer (PEFT does not resize
-  in training): they are counted as `reserve`, not as `update`.
-- Between two prunings of the middle phase a pruned value may grow again; that is how the method lets it come
+- Pruned triplets keep their tensors, and their P and Q stay in penalty and optimizer (PEFT does not resize in
+  training): they are counted as `reserve`, not as `update`.
+- Between two prunings of the middle phase a pruned value may grow again; in this way the method lets it come
   back. Ranks are those of the last pruning. In the last phase the mask is applied after every step.
 - The start is drawn from the global random state: forked and seeded from the method's own stream.
 """
@@ -120,7 +120,7 @@ class AdaLoRA(Method):
             # not torch.manual_seed, which would seed the GPUs too
             torch.default_generator.manual_seed(derive_seed(self.seed, "adalora"))
             self.tuner = AdaLoraModel(model, {ADAPTER: config}, ADAPTER)
-        del model.peft_config  # PEFT's note to itself; a second injection would stumble over it
+        del model.peft_config  # PEFT's own record; a second injection would be refused because of it
         self.layers: dict[str, SVDLinear] = {name: model.get_submodule(name) for name in names}
         self.tuner.rankallocator = ExactAllocator(model, config, self.layers)
         self.freeze_all_but_head(model)

@@ -25,7 +25,7 @@ class RandomGrowth(IncreLoRA):
     """IncreLoRA's schedule, but the matrices that grow are drawn at random; no importance is computed.
 
     Args:
-        keyed_by: what the draws depend on beside the seed, e.g. the task, or one seed draws the same for all tasks.
+        keyed_by: a word that the draws depend on beside the seed, e.g. the task; without it all tasks draw the same.
     """
 
     name: str = "random_growth"
@@ -47,8 +47,8 @@ class RandomGrowth(IncreLoRA):
 class PermutedGrowth(RandomGrowth):
     """The growths of a finished IncreLoRA run at their steps, but on other matrices of the same shape.
 
-    One permutation, drawn within every shape, serves the whole run. So ranks end as concentrated as IncreLoRA's and
-    cost as many parameters; only the place is another.
+    One permutation, drawn within every shape, serves the whole run. So the ranks end as
+    concentrated as IncreLoRA's and have as many parameters; only their places differ.
 
     Args:
         pattern: the result file of that run, or its directory. Its growths must fit this run's schedule.
@@ -101,7 +101,7 @@ class StaticPattern(IncreLoRA):
 
     Args:
         pattern: the result file of that run, or its directory. Its ranks must sum to this run's budget.
-            A matrix of rank 0 (AdaLoRA) is left as it is.
+            A matrix of rank 0 (AdaLoRA) is not adapted.
     """
 
     name: str = "static_pattern"
@@ -202,5 +202,5 @@ def read(pattern: str | None, wanted: Callable[[Any], Any]) -> Any:
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"`pattern`: cannot read ranks from {path}: {first_line(error)}") from None
     if status != "finished" or not found:
-        raise UserError(f"`pattern`: {path} is no finished run with ranks (status {status})")
+        raise UserError(f"`pattern`: {path} is not a finished run with ranks (status {status})")
     return found

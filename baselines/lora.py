@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) on PEFT's own layers: h = W0 x + b + alpha / rank * B A x.
 
-PEFT draws A from the global random state; here it is forked and seeded from the method's own stream, so
-that no other draw of the run shifts. PEFT freezes the head while it injects; it is trained again afterwards.
+PEFT draws A from the global random state. Here that state is forked and seeded from the method's own stream, so no
+other draw of the run changes. PEFT freezes the head while it injects; it is trained again afterwards.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class LoRA(Method):
             # not torch.manual_seed, which would seed the GPUs too
             torch.default_generator.manual_seed(derive_seed(self.seed, "lora"))
             inject_adapter_in_model(config, model)
-        del model.peft_config  # PEFT's note to itself; a second injection would stumble over it
+        del model.peft_config  # PEFT's own record; a second injection would be refused because of it
         self.freeze_all_but_head(model)
         self.layers: dict[str, LoraLayer] = {name: model.get_submodule(name) for name in names}
         for layer in self.layers.values():

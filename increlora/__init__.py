@@ -22,7 +22,7 @@ __all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `import increlora` costs nothing, only the parts for Trainer and PEFT need transformers."""
+    """Import a name at its first use: `import increlora` is fast, and only Trainer and PEFT parts need transformers."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -31,8 +31,8 @@ class IncreLoRA(Method):
     Args:
         target_rank: average rank at the end; the budget is target_rank * number of matrices.
         init_rank: rank of every matrix at the start.
-        rank_step: ranks per growth and matrix; None: half of target_rank (1, 2, 3, 4 for 2, 4, 6, 8).
-        top_h: matrices per growth; None: as many as it takes to end growth in the first half.
+        rank_step: ranks that a chosen matrix gains in a growth; None: half of target_rank (1, 2, 3, 4 for 2, 4, 6, 8).
+        top_h: matrices per growth; None: the fewest with which growth ends in the first half of training.
         interval, init_warmup: growth at steps t > init_warmup with t % interval == 0.
         beta1, beta2: decay of the averages of sensitivity and uncertainty.
         advance_learning: components learn in reserve before they are chosen.
@@ -42,9 +42,10 @@ class IncreLoRA(Method):
         alpha: scale of the update, divided by the rank.
         dropout: dropout on the input of the update.
         scoring_window: score only in this many steps up to each growth; the averages continue from the previous
-            window. "all": in every step until the budget is spent. "auto": so many that what is left out weighs
-            less than `FORGOTTEN` in the averages (57 at beta 0.85).
-        score_reduction: "sqrt" (the authors' code) or "mean" (the paper) over the elements of a matrix.
+            window. "all": in every step until the budget is spent. "auto": in so many steps that a step left out
+            weighs less than 1e-4 in the averages (57 steps at beta 0.85).
+        score_reduction: the sum over the elements of a matrix is divided by the square root of their number
+            ("sqrt", the authors' code) or by their number ("mean", the paper).
         last_use_only, rank_epsilon: the authors' two defects, for replaying their code (configs/compat).
     """
 
@@ -122,7 +123,7 @@ class IncreLoRA(Method):
         )  # fmt: skip
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Those of the start, and one for each allocation to come, whose parameters train from the step `born` on."""
+        """The groups of the start, and one for each later allocation; its parameters train from the step `born` on."""
         later = {id(parameter) for parameter in self.later_parameters()}
         groups = super().param_groups(model)
         for group in groups:
@@ -227,7 +228,7 @@ class IncreLoRA(Method):
         return self.scores()
 
     def _activate(self, name: str, rank: int, group: int) -> None:
-        """A matrix gains ranks, and a new reserve where nothing of the old one is left."""
+        """A matrix gains ranks; it gets a new reserve when nothing of the old one is left."""
         if self.advance_learning:
             self.bank.activate_reserve(name, rank, group)
             if self.bank.matrices[name].reserve is None:
@@ -271,7 +272,7 @@ class IncreLoRA(Method):
             widths = matrix.in_features + matrix.out_features
             update += matrix.rank * (widths + 1)
             reserve += matrix.reserve.rank * widths if matrix.reserve and self.advance_learning else 0
-        # without what the tensors hold for growths to come, or for matrices of other widths
+        # the bank also has rows for later growths and rows that no matrix took: they are not counted
         other = sum(p.numel() for p in self.bank.parameters())
         return counts | {"update": update, "reserve": reserve, "total": counts["total"] - other + update + reserve}
 

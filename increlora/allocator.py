@@ -63,13 +63,13 @@ class Allocator:
         return step > self.init_warmup and step % self.interval == 0 and not self.spent(total_rank)
 
     def next_growth(self, step: int) -> int:
-        """The first step from `step` on at which ranks are added, were the budget not spent."""
+        """The first step, `step` or later, at which ranks are added if the budget allows."""
         return max(-(-step // self.interval), self.init_warmup // self.interval + 1) * self.interval
 
     def choose(self, candidates: Sequence[str], scores: Mapping[str, float], total_rank: int) -> dict[str, int]:
         """The matrices that grow now and what each gains, in model order; never more than the budget has room for.
 
-        Where the room is no multiple of `rank_step`, the last of the chosen by score gains what is left.
+        Where the room is no multiple of `rank_step`, the chosen matrix with the lowest score gains what is left.
 
         Args:
             candidates: all matrices, in model order; a tie goes to the earlier one.

@@ -1,20 +1,23 @@
 """All components of all matrices in few tensors, gathered once per forward.
 
-The update of a matrix is delta = alpha / rank * B diag(lambda) A, a sum of components (arXiv 2308.12043). What costs on
-a GPU with short sentences is the number of operations, not their size. So components do not lie with their matrices:
+The update of a matrix is delta = alpha / rank * B diag(lambda) A, a sum of components (arXiv 2308.12043). On a GPU with
+short sentences the number of operations costs time, not their size. So components do not lie with their matrices:
 
-- One allocation (the start, the reserves of step 0, each growth) brings one group of tensors: for every width one of
-  rows, and one vector of lambdas. A row is a row of A (as wide as the matrix's input) or a column of B (as its output).
-  A learning-rate schedule belongs to a Parameter, and an allocation is what shares a schedule.
-- Which rows belong to which matrix is an index, a list of integers. A growth writes to it and releases the tensors of
-  its group. All tensors exist from the start, since the number of growths and what each brings are known. So shapes
-  never change: optimizers, schedulers and checkpoints need no surgery. The price: a growth holds rows for whichever
-  matrices could be chosen, up to three times what it uses (DeBERTaV3-base at r8: some 10 MB beside 735 MB of weights).
-- In a forward pass the first matrix that computes gathers the factors of all: per width one concatenation, one
-  reordering into model order, lambda and alpha / rank folded in once, one split into views. A matrix takes its views.
+- One allocation (the start, the reserves of step 0, each growth) has one group of tensors: one tensor of rows per
+  width, and one vector of lambdas. A row is a row of A (as long as the matrix has inputs) or a column of B (outputs).
+  A group is one Parameter per width, because all that is allocated together shares a learning-rate schedule.
+- An index, a list of integers, says which rows belong to which matrix. A growth writes to the index and lets its group
+  train. All tensors exist from the start, since the number and the size of the growths are known. So shapes never
+  change, and optimizers, schedulers and checkpoints need no special treatment. The price is memory: a growth has rows
+  for whichever matrices could be chosen, up to three times what it uses (DeBERTaV3-base at r8: about 10 MB beside
+  735 MB of weights).
+- In a forward pass, the first matrix that computes gathers the factors of all matrices. Per width this takes one
+  concatenation, one reordering into model order, one product with lambda and alpha / rank, and one split into views.
+  Each matrix then takes its views.
 
-Views are graph, not state. They live for one pass: the outermost call of a module that holds all matrices, or one
-backward (activation checkpointing computes again in there). Outside of a pass, every call takes the matrix's own rows.
+Views belong to the graph of one pass and are never kept longer. A pass is the outermost call of a module that holds all
+matrices, or one backward (in which activation checkpointing computes a forward again). Outside of a pass, every call
+takes the matrix's own rows.
 """
 
 import itertools
@@ -36,7 +39,7 @@ INIT_STD = 0.02
 class Views(NamedTuple):
     """The factors of one matrix: A (r, in), scales folded in, and B transposed (r, out).
 
-    `A` and `B` are in the dtype of the product; `exact_A` and `exact_B` are their values before rounding, no graph.
+    `A` and `B` are in the dtype of the product; `exact_A` and `exact_B` are the same before rounding, without graph.
     """
 
     A: Tensor
@@ -92,8 +95,8 @@ class Bank(nn.Module):
         self.changed()
 
     def attach(self, model: nn.Module) -> None:
-        """Become a module of the model, told when a forward of a module that holds all matrices begins and ends."""
-        # a Sequential calls every module that it has
+        """Become a module of the model; hooks note where a forward of a module with all matrices begins and ends."""
+        # not in a Sequential itself, which would call the bank as one of its layers
         home = model.get_submodule(next(iter(self.matrices))) if isinstance(model, nn.Sequential) else model
         home.add_module(NAME, self)
         paths = [name.split(".")[:-1] for name in self.matrices]
@@ -104,7 +107,7 @@ class Bank(nn.Module):
             self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def detach(self, model: nn.Module) -> None:
-        """Leave the model, whose layers are plain again, as if it had never had a bank."""
+        """Leave the model, whose layers are plain again; no hook and no module remains."""
         for hook in self.hooks:
             hook.remove()
         if hasattr(model, NAME):
@@ -138,7 +141,7 @@ class Bank(nn.Module):
         """Give a matrix a component outside its rank: with lambda frozen at `reserve_lambda`, or inert.
 
         Args:
-            place: lie there, where another one has been.
+            place: use the rows of this former component; None: take new rows of the group.
         """
         matrix = self.matrices[name]
         assert matrix.reserve is None, "a matrix has at most one component in reserve"
@@ -149,7 +152,7 @@ class Bank(nn.Module):
         self.changed()
 
     def activate_reserve(self, name: str, rank: int, group: int) -> None:
-        """So many rows of the reserve, which has learned in advance, join the rank: their lambdas train in a group."""
+        """The first `rank` rows of the reserve that learned become active; their lambdas train in `group`."""
         matrix = self.matrices[name]
         reserve = matrix.reserve
         assert reserve is not None and rank <= reserve.rank, "not enough in reserve"
@@ -161,10 +164,10 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def activate_inert_reserve(self, name: str, rank: int, group: int) -> Component | None:
-        """So many rows of the reserve, which has waited, join the rank and begin to train in a group, with lambda 0.
+        """The first `rank` rows of an inert reserve become active and begin to train in `group`, with lambda 0.
 
         Returns:
-            The place that they leave, for the next reserve; None if a part of the reserve still lies there.
+            Their former place, for the next reserve; None if a part of the reserve still lies there.
         """
         matrix = self.matrices[name]
         reserve = matrix.reserve
@@ -180,7 +183,7 @@ class Bank(nn.Module):
         return None if rest else waited
 
     def silence_reserves(self) -> None:
-        """No reserve reaches the output any more; A and B go on in the penalty, as in the authors' code."""
+        """No reserve reaches the output any more; its A and B stay in the penalty, as in the authors' code."""
         for matrix in self.matrices.values():
             matrix.reserve_learns = False
         self.changed()
@@ -190,7 +193,7 @@ class Bank(nn.Module):
         self.all_groups[group].requires_grad_(True)
 
     def changed(self) -> None:
-        """The structure is another one: indices and views are made anew when they are needed."""
+        """Note that the structure has changed: indices and views are made again when they are needed."""
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._forget()
 
@@ -281,7 +284,7 @@ class Bank(nn.Module):
     def views(self, name: str, dtype: torch.dtype) -> Views:
         """The factors of one matrix for products in `dtype`, gathered once per pass.
 
-        Outside of a pass nobody could say when they go stale: there a matrix takes its own rows in every call.
+        Outside of a pass nothing tells when views become stale, so a matrix takes its own rows in every call.
         """
         if torch.compiler.is_compiling():
             return self._own_views(name, dtype)
@@ -304,7 +307,7 @@ class Bank(nn.Module):
         return Views(A.to(dtype), A.detach(), B.t().to(dtype), B.t().detach())
 
     def stacks(self) -> list[tuple[Tensor, Tensor]]:
-        """For the penalty: by width, A and transposed B of all matrices, reserves included, and identities to reach.
+        """For the penalty, by width: A and transposed B of all matrices with their reserves, and the target identities.
 
         Rows are (factors, largest rank, width), zero where a matrix has fewer; identities are (factors, largest rank,
         largest rank), zero there as well.
@@ -344,7 +347,7 @@ class Bank(nn.Module):
         return {name: Views(*found["A", name], *found["B", name]) for name in self.matrices}
 
     def _concatenated(self) -> dict[int, Tensor]:
-        """All rows of every width; those of the last forward serve the penalty too, until a backward uses them up."""
+        """All rows of every width; the penalty reuses those of the last forward until a backward frees the graph."""
         groups = self.all_groups
         parts = {
             width: [groups[number].rows[str(width)] for number in index.groups]
@@ -364,12 +367,12 @@ class Bank(nn.Module):
         self._forget()
 
     def _indices(self) -> dict[int, _Index]:
-        """By width; made anew when the structure or the device has changed."""
+        """The index of each width; made again when the structure or the device has changed."""
         like = self.like
         if self._made_for != (like.device, like.dtype):
             self._made_for = (like.device, like.dtype)
             widths = [w for matrix in self.matrices.values() for w in (matrix.in_features, matrix.out_features)]
-            with torch.inference_mode(False):  # what is made in inference mode could not serve training after it
+            with torch.inference_mode(False):  # tensors made in inference mode could not be used in training afterwards
                 self._constants = like.new_tensor([self.reserve_lambda, 1.0])  # lambdas of reserves, and of rows of B
                 self._by_width = {width: self._index(width) for width in dict.fromkeys(widths)}
         return self._by_width
@@ -408,7 +411,7 @@ class Bank(nn.Module):
         )
 
     def _factors_of(self, width: int) -> list[tuple[str, str]]:
-        """("A" or "B", matrix) of every factor whose rows are so wide, in model order."""
+        """("A" or "B", matrix) of every factor whose rows have this width, in model order."""
         return [
             (what, name)
             for name, matrix in self.matrices.items()
@@ -434,5 +437,5 @@ def _lambda_places(component: Component, starts: Mapping[int, int]) -> list[int]
 
 
 def _kept_for_backward() -> torch.autograd.graph.saved_tensors_hooks:
-    """What is saved for backward in here is kept; activation checkpointing around it would compute it once more."""
+    """Keep what is saved for backward in here; activation checkpointing around it would compute it again."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

@@ -27,7 +27,7 @@ class Component:
     lambda_row: int = 0
 
     def split(self, rank: int) -> tuple["Component", list["Component"]]:
-        """Of a component in reserve: its first so many rows, and the rest of it if there is one."""
+        """A component in reserve in two parts: its first `rank` rows, and a list with the rest (empty without one)."""
         first = replace(self, rank=rank)
         rest = replace(self, rank=self.rank - rank, A_row=self.A_row + rank, B_row=self.B_row + rank)
         return first, [rest] if rest.rank else []
@@ -38,7 +38,7 @@ class Matrix:
     """The components of one matrix: the active ones first, then at most one in reserve.
 
     Args:
-        reserve_learns: whether the component in reserve reaches the output.
+        reserve_learns: whether the component in reserve learns, and so reaches the output.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Matrix:
 
     @property
     def used(self) -> list[Component]:
-        """What reaches the output."""
+        """The components that reach the output."""
         return self.components[: self.active + self.reserve_learns]
 
     @property
     def reserve(self) -> Component | None:
-        """The component that learns in advance, or waits inert."""
+        """The component that learns in advance, or is inert; None if there is none."""
         return self.components[self.active] if len(self.components) > self.active else None
 
 
@@ -102,7 +102,7 @@ class ComponentGroup(nn.Module):
             parameter.grad = None
 
     def take(self, what: str, rows: int) -> int:
-        """The first of so many rows that are free."""
+        """Take the next free rows; returns the number of the first."""
         first = self.next_row.get(what, 0)
         self.next_row[what] = first + rows
         return first

@@ -1,4 +1,4 @@
-"""Several processes as one: who am I, sums over processes, all of it a no-op for a single process.
+"""Several processes that train as one: ranks, means and gathers; with a single process all of it has no effect.
 
 Started by `torchrun` or `accelerate launch`, which set the environment; there is no launcher here.
 """
@@ -67,7 +67,7 @@ def _speaking(call: Callable) -> Callable:
         except RuntimeError as error:  # gloo and nccl raise it, or subclasses, when a peer is gone
             raise UserError(
                 f"lost contact with another process ({str(error).splitlines()[0][:120]}).\n"
-                "Look for its own message above; the last checkpoint is good, the same command continues from it."
+                "Its own message is above. The last checkpoint is good, and the same command continues from it."
             ) from error
 
     return spoken
@@ -83,7 +83,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its mean over all processes, whatever the parameter's age."""
+    """Replace every gradient by its mean over all processes, also of parameters that train only since a growth."""
     if not dist.is_initialized():
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -7,8 +7,8 @@ class UserError(Exception):
     A class names its own arguments in backquotes: `top_h`. Where a configuration describes the object, the message
     that a person sees has the key instead: method.top_h.
 
-    `run.py` and the scripts print the message and leave with exit code 2; only a request for a
-    traceback (`HYDRA_FULL_ERROR=1`) shows one. Anything else that escapes is a defect of ours.
+    `run.py` and the scripts print the message and leave with exit code 2; `HYDRA_FULL_ERROR=1` shows the traceback.
+    Any other exception that reaches the user is a defect of this project.
     """
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""What every file that is written or compared needs: JSON, a failed write said in words, differences by dotted key."""
+"""For files that are written or compared: JSON, a failed write as a message, differences of two files by dotted key."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
     except failures as error:
         raise UserError(
             f"cannot write {path}: {first_line(error)}.\n"
-            "What was there before is whole; make room or mend the folder, and the same command continues."
+            "Existing files are complete. Free some space or repair the folder; the same command then continues."
         ) from error
 
 

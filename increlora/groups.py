@@ -1,6 +1,6 @@
-"""Parameter groups of an optimizer: when they are born, their learning rates, their state by parameter name.
+"""Parameter groups of an optimizer: when they begin to train, their learning rates, their state by parameter name.
 
-Every loop uses these: that of this repository, and everybody else's through `Growth`. A group carries, beside the
+Every loop uses these: the loop of this repository, and any other loop through `Growth`. A group has, beside the
 optimizer's own options, `param_names`, `born` (the step from which its parameters train), `initial_lr` (the peak of its
 learning rate) and `decay` (whether weight decay applies).
 """
@@ -25,9 +25,9 @@ def parameter_groups(method: Method, model: nn.Module, weight_decay: float) -> l
 
 
 def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module) -> None:
-    """Complete the groups of an optimizer: names, birth, peak rate; and the groups of parameters that train later.
+    """Complete the groups of an optimizer: names, `born`, peak rate; and add the groups of parameters that train later.
 
-    Those to come take the options of the first group that decays.
+    An added group takes the options of the first group that decays.
 
     Raises:
         UserError: the optimizer lacks trained parameters of the model, or holds others.
@@ -61,8 +61,8 @@ def check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     if missing or foreign:
         raise UserError(
             f"the optimizer lacks {len(missing)} trained parameters of the model and holds {len(foreign)} others. "
-            "Make it after method.prepare, over method.param_groups(model); where a model's state is loaded, "
-            "load the optimizer's too."
+            "Make it after method.prepare, over method.param_groups(model); where a model's state is "
+            "loaded, load the optimizer's too."
         )
 
 
@@ -83,7 +83,7 @@ def rebuild(optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[
     if unknown:
         raise UserError(
             f"the optimizer's checkpoint has {len(unknown)} parameters that the model lacks, e.g. {unknown[0]!r}. "
-            "Load the model's state before the optimizer's; both must have been saved in the same run."
+            "Load states of model and optimizer that were saved together, into a model prepared in the same way."
         )
     optimizer.param_groups.clear()
     optimizer.state.clear()

@@ -8,8 +8,8 @@ G = d(task loss) / d(delta) is (out, in) and the product with delta is elementwi
     U <- beta2 U + (1 - beta2) |S - I|        uncertainty, with the new I
     score = I * U
 
-G comes from the gradient of the output and the input, G = (dL/dh)^T x, summed over every use of the
-matrix in the forward, over micro-batches and over processes: it needs neither delta in the forward nor its factors.
+G is computed from the gradient of the output and the input: G = (dL/dh)^T x, summed over every use of the matrix in
+the forward, over micro-batches and over processes. So delta need not be formed in the forward.
 """
 
 from functools import partial
@@ -37,9 +37,9 @@ def sensitivity(delta: Tensor, gradient: Tensor, reduction: str = "sqrt") -> Ten
 class DeltaGradient:
     """Collects G of one matrix over the uses and micro-batches of one optimizer step.
 
-    G is reduced to S when the last gradient has arrived and is let go, so that a step without
-    accumulation holds one G at a time. Several processes wait with it until `finish`, called for one matrix after
-    another: what one of them leaves out (an expert, a dropped layer) would pair the G of different matrices.
+    When the last gradient has arrived, G is reduced to S and freed. So a step without accumulation holds one G at a
+    time. Several processes reduce later, in `finish`, which is called for one matrix after another: a process may skip
+    a matrix (an expert, a dropped layer), and then the processes would add up the G of different matrices.
 
     Args:
         linear: the matrix; `linear.watcher` is set to this object until `finish`.
@@ -79,13 +79,13 @@ class DeltaGradient:
         if not self.uses:
             return
         x, h = self.uses[0] if len(self.uses) == 1 else (torch.cat(several) for several in zip(*self.uses, strict=True))
-        if h.dtype == torch.float16:  # a loss scale would overflow the product
+        if h.dtype == torch.float16:  # with a loss scale the product would overflow
             x, h = x.float(), h.float()
         gradient = h.t() @ x
         self.uses = []
         if self.gradient is None or self.last_use_only:
             self.gradient = gradient
-        else:  # in half precision, sums of several micro-batches would lose digits
+        else:  # sums of several micro-batches lose digits in half precision
             self.gradient = self.gradient.to(self.linear.bank.like.dtype).add_(gradient)
 
     @torch.no_grad()
@@ -111,9 +111,9 @@ class DeltaGradient:
 
 
 class ImportanceScore:
-    """Moving averages of sensitivity and uncertainty, from 0, and their product (the paper's score).
+    """Moving averages of sensitivity and uncertainty, which start at 0, and their product (the paper's score).
 
-    They stay on the device of S: reading them makes a GPU wait, which only a growth and a log line need.
+    They stay on the device of S. Reading them makes the program wait for the GPU; only a growth and a log line do it.
 
     Args:
         matrices: names, in model order.
@@ -126,7 +126,7 @@ class ImportanceScore:
         self.uncertainty = torch.zeros(len(matrices), dtype=torch.float64)
 
     def update(self, sensitivities: Tensor) -> None:
-        """One step of the averages with S (matrices,); an S in which anything is not finite changes nothing."""
+        """One step of the averages with S (matrices,); an S that is not finite everywhere changes nothing."""
         S = sensitivities.to(_exact_dtype(sensitivities))
         finite = torch.isfinite(S).all()
         before = self.sensitivity.to(S), self.uncertainty.to(S)

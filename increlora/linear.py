@@ -27,7 +27,7 @@ class IncrementalLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
         self.watcher: Any = None  # importance.DeltaGradient while a step is scored
-        self.__dict__["bank"] = bank  # past nn.Module, which would make it a module of this layer
+        self.__dict__["bank"] = bank  # not by nn.Module.__setattr__, which would make it a module of this layer
         self.name = name
 
     bank: Bank
@@ -55,7 +55,7 @@ class IncrementalLinear(nn.Module):
         factors = self.bank.views(self.name, dtype)
         h = self.base(rows)
         rows = self.dropout(rows)
-        # thin products take up to ten times as long in other orders, and backward keeps the order of forward
+        # other orders of these thin products take up to ten times as long; backward uses the order of forward
         update = factors.A @ rows.t()
         h = h.addmm_(update.t().to(h.dtype), factors.B.to(h.dtype))
         if self.watcher is not None and h.requires_grad:
@@ -70,6 +70,6 @@ class IncrementalLinear(nn.Module):
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """That of autocast where it is on (it leaves float64 alone), else the input's."""
+    """The dtype of autocast where it is on (it does not change float64), else that of the input."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype

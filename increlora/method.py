@@ -7,7 +7,7 @@ It never sees the optimizer, scheduler, tracker, configuration, task or device:
     optimizer = AdamW(method.param_groups(model))          # also of parameters that train later, from `born` on
     for step in range(total_steps):                        # step = optimizer steps already taken
         set the learning rate of every group from (step, its `born`)
-        method.begin_step(step)                            # arm what this step's gradients must tell
+        method.begin_step(step)                            # prepare to watch this step's gradients
         for micro_batch in batch:
             (task_loss + method.extra_loss()).backward()
         clip gradients; if they are not finite, try the next batch for the same step
@@ -119,7 +119,7 @@ class Method:
         return {}
 
     def planned_ranks(self) -> dict[int, int]:
-        """Total rank by the step from which it holds, foreseen after `prepare`; empty where ranks mean nothing."""
+        """The planned total rank, by the step from which it holds, after `prepare`; empty where ranks mean nothing."""
         ranks = self.ranks()
         return {0: sum(ranks.values())} if ranks else {}
 
@@ -128,7 +128,7 @@ class Method:
         return {}
 
     def metrics(self) -> dict[str, float]:
-        """What the tracker logs of the method, by W&B key."""
+        """The method's values that the tracker logs, by W&B key."""
         ranks = self.ranks()
         values = {f"rank/{matrix}": float(rank) for matrix, rank in ranks.items()}
         values |= {f"score/{matrix}": score for matrix, score in self.scores().items()}
@@ -143,11 +143,11 @@ class Method:
         return {"update": sum(trained.values()) - in_head, "reserve": 0, "head": in_head, "total": total}
 
     def inputs(self) -> dict[str, str]:
-        """Digests of what the method reads beside its configuration, by name."""
+        """Digests of the files that the method reads, by name; empty if it reads none."""
         return {}
 
     def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Every tensor that, put over the pretrained weights, gives the trained model back."""
+        """Every trained tensor by name; put over the pretrained weights, they give the trained model."""
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class Method:
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Every matrix's update in evaluation mode as a product B A: its A (r, in) and B (out, r), by module name.
 
-        All scales are folded in. r counts what reaches the output, which may be more than the rank; a matrix
-        whose update is zero throughout may be left out.
+        All scales are included. r counts what reaches the output, which may be more than the rank; a matrix
+        whose update is zero may be left out.
 
         Raises:
             UserError: the update is not of this form.

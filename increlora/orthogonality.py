@@ -18,8 +18,8 @@ def orthogonal_penalty(stacks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The penalty over all matrices, a scalar.
 
     Args:
-        stacks: matrices of one width each: rows (matrices, rank, width), where A and the transpose of B lie in rows and
-            missing rows are zero, and the identities (matrices, rank, rank) that R R^T aims at, zero for missing rows.
+        stacks: one pair per width. rows (matrices, rank, width): each A, or B transposed; missing rows are zero.
+            identities (matrices, rank, rank): the target of R R^T; zero for missing rows.
     """
     return torch.cat([_Distances.apply(rows, identities) for rows, identities in stacks]).mean()
 
@@ -48,5 +48,5 @@ class _Distances(torch.autograd.Function):
 
 
 def _full_precision(like: Tensor) -> torch.autocast:
-    # autocast would take the products in half precision, where I - I is noise
+    # in half precision, as autocast would compute, R R^T - I is only rounding error near the optimum
     return torch.autocast(like.device.type, enabled=False)

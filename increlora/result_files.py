@@ -1,6 +1,6 @@
-"""Result files, one per run: found, read, and what is read of them everywhere.
+"""Result files, one per run: find them, read them, and the values that every reader needs.
 
-Both the benchmark, which writes them, and the analysis, which sees nothing else, read them; so this is neither's.
+The benchmark writes and reads them, the analysis reads nothing else; so this module belongs to neither room.
 """
 
 import json
@@ -99,13 +99,13 @@ def up_to_date(stored: Any) -> Any:
 
 
 def refuse_unfinished(run_dir: Path) -> None:
-    """Say of a directory without a result that its run can go on, if it can.
+    """Refuse a directory whose run has a checkpoint and no result yet.
 
     Raises:
         UserError: it holds a checkpoint.
     """
     if (run_dir / "checkpoint.safetensors").exists():
-        raise UserError(f"{run_dir}: the run is not finished; the command that started it goes on with it")
+        raise UserError(f"{run_dir}: the run is not finished; the command that started it continues it")
 
 
 def load_runs(root: Path) -> list[dict[str, Any]]:

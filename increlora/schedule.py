@@ -2,10 +2,9 @@
 
 
 def multiplier(step: int, born: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor on the peak learning rate for parameters that were born at step `born`.
+    """Factor on the peak learning rate for parameters that train from step `born` on.
 
-    Linear warmup over `warmup_steps` of their own, then linear decay to 0 at the same last step as
-    everything else:
+    They have a linear warmup of their own over `warmup_steps`, then a linear decay to 0 at the last step of the run:
 
         age / warmup                       if age < warmup,  age = step - born
         (life - age) / (life - warmup)     otherwise,        life = total_steps - born

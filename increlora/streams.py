@@ -1,8 +1,7 @@
 """Independent random streams: one reproducible generator per (seed, purpose).
 
-Data order, head initialisation, dropout and the components of every matrix each draw from a stream
-of their own, so that growing one matrix shifts nothing else and equal seeds pair runs of different
-methods (same data order, same head).
+Data order, head initialisation, dropout and the components of every matrix have a stream each. So the growth of one
+matrix changes no other draw, and equal seeds give runs of different methods the same data order and the same head.
 """
 
 import hashlib

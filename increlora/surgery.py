@@ -20,8 +20,8 @@ def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Li
             `{"query": r".*\\.attention\\.self\\.query_proj"}`.
 
     Raises:
-        UserError: a kind matches no linear layer (the message lists what there is), or one that cannot be adapted:
-            its weight is read by others directly or is tied, or the model has been prepared already.
+        UserError: a kind matches no linear layer (the message lists what there is), or a layer that cannot be adapted:
+            its weight is read directly by other code or is tied, or the model has been prepared already.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for kind, pattern in kinds.items():
@@ -35,7 +35,7 @@ def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Li
     return found
 
 
-# their own code reads `weight` of the layers in them, by which an update beside it is passed over
+# their code reads `weight` of their layers directly and does not call the layers: it would ignore an update
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -46,11 +46,11 @@ def _refuse_what_cannot_be_adapted(model: nn.Module, found: Mapping[str, nn.Line
     for name, linear in found.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, IncrementalLinear):
-            raise UserError(f"{name} has an update already: prepare a fresh model, or merge the first one before")
+            raise UserError(f"{name} has an update already: prepare a fresh model, or merge the first update before")
         if isinstance(parent, READ_WEIGHTS):
             raise UserError(
-                f"{name} lies in torch's {type(parent).__name__}, which computes with its weight and would pass an "
-                "update by; choose other layers (kinds), or a model that calls its layers"
+                f"{name} lies in torch's {type(parent).__name__}, which reads its weight directly and would ignore "
+                "the update; choose other layers (kinds), or a model that calls its layers"
             )
         if len(names := owners[id(linear.weight)]) > 1:
             raise UserError(
@@ -98,7 +98,7 @@ def unfreeze_matching(model: nn.Module, pattern: str) -> list[str]:
         children = ", ".join(name for name, _ in model.named_children())
         raise UserError(
             f"no parameter matches the head pattern {pattern!r}; the model's parts are: {children}. "
-            "Set head, to None if only the adapted matrices should train."
+            "Set `head`; use None if only the adapted matrices should train."
         )
     for name in names:
         model.get_parameter(name).requires_grad_(True)
@@ -108,7 +108,7 @@ def unfreeze_matching(model: nn.Module, pattern: str) -> list[str]:
 def hold_frozen_layers_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold the frozen weights of linear layers in the dtype in which autocast computes.
 
-    Autocast would cast them in every use, to the same values; so this saves time and memory, and changes no result.
+    Autocast would cast them to the same values at every use. So this saves time and memory and changes no result.
     """
     others = (module for module in model.modules() if type(module) is not nn.Linear)
     shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
@@ -119,7 +119,7 @@ def hold_frozen_layers_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands."""
+    """Replace the module called `name` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -11,7 +11,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", type(N
 
 
 def check_numbers(settings: Any) -> None:
-    """Refuse values of a dataclass's fields for numbers and switches that are not of the field's kind, or not finite.
+    """Refuse a dataclass whose number or true/false fields hold a value of another type, or one that is not finite.
 
     Raises:
         UserError: with the field's name.

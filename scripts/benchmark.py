@@ -5,10 +5,10 @@
     python scripts/benchmark.py --launch                          # what it costs to launch the operations of a step
     python scripts/benchmark.py --device cuda --precision bf16 --shapes 32x32 32x128 --json gpu.json
 
-A step is a whole step of run.py's loop. Weights are random (a step costs the same), nothing is downloaded. Every round
-runs one step of every arm, so that whatever else the machine does hits all alike; a ratio is the median over rounds of
-(arm / LoRA) within a round. Peak memory is measured in a process of its own per arm; that of whole runs by
-scripts/benchmark_memory.py.
+A step is a whole step of run.py's loop. Weights are random (a step costs the same), nothing is downloaded. Each round
+times one step per method and phase (an arm), so that other work on the machine affects all alike; a ratio is the
+median over rounds of (arm / LoRA) within a round. Peak memory is measured in a process of its own per arm; that of
+whole runs by scripts/benchmark_memory.py.
 
 `--launch` keeps the encoder's layers and makes them so narrow (hidden size 48) and the batch so small (1 x 4 tokens)
 that a step takes its time to launch operations, as on a GPU with short sentences; on a CPU it takes CPU time. It also

@@ -3,9 +3,9 @@
     python scripts/benchmark_memory.py --backbone minilm --task cola --data GLUE
     python scripts/benchmark_memory.py --backbone deberta_v3_base --tokenizer DIR --task rte --data GLUE --batch 32
 
-Every method trains in a process of its own, by run.py: so many steps in bf16, evaluations included, without a result
-that is kept. IncreLoRA grows 15 times in the first half, as in the published recipe for RTE; these shapes and ranks
-that change are what a run holds more for than a step. `--tokenizer DIR` gives the backbone random weights.
+Every method trains in a process of its own, by run.py, in bf16, with evaluations; no result is kept. IncreLoRA grows
+15 times in the first half, as in the published recipe for RTE. Shapes and ranks change in a whole run, so it needs more
+memory than a step. `--tokenizer DIR` gives the backbone random weights.
 """
 
 import argparse

@@ -125,7 +125,7 @@ def replay(trace: dict, tensors: dict[str, Tensor]) -> Differences:
 
 
 def compare_learning_rates(differences: Differences, optimizer: torch.optim.Optimizer, theirs: list[float]) -> None:
-    """Group by group; a group that the trace does not have yet is a difference of its own size."""
+    """Compare the number of groups, and the rate of each group."""
     ours = [group["lr"] for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
     differences.note("optimizer groups", len(ours), len(theirs))
     for a, b in zip(ours, theirs, strict=False):

@@ -120,7 +120,7 @@ def _rest(start: Mapping[str, int], factors: Mapping[str, int], ranks: Mapping[s
 
 
 def touched(model: nn.Module, linears: Mapping[str, nn.Linear], method: Method) -> dict[str, dict[str, int]]:
-    """Matrices that carry something trained, by kind: how many, and their shape."""
+    """Matrices that have trained parameters, by kind: how many, and their shape."""
     kinds: dict[str, dict[str, int]] = {}
     for name, linear in linears.items():
         if trained_below(model, name):

@@ -21,7 +21,7 @@ from increlora.integrations.peft_export import whole
 from increlora.streams import stream
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1
-ODD_CHARACTERS = "½ µ ﬁ Ｆｕｌｌ \u00a0 naïve 😀"  # what a tokenizer built anew may read otherwise
+ODD_CHARACTERS = "½ µ ﬁ Ｆｕｌｌ \u00a0 naïve 😀"  # what a newly built tokenizer may read in another way
 
 
 @config.guarded
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser().parse_intermixed_args()
     output = arguments.output or arguments.run_dir / arguments.format
     if output.exists():
-        raise UserError(f"{output} is there already; remove it, or choose another folder with --output DIR")
+        raise UserError(f"{output} exists already; remove it, or choose another folder with --output DIR")
     quiet()
     run = finished_run.load(
         arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"]
@@ -86,7 +86,7 @@ def write_and_compare(run: Trained, folder: Path, kind: str, base: str | None = 
 
 
 def adapter_model(run: Trained, folder: Path) -> nn.Module:
-    """The adapter on a fresh base model whose head was drawn anew."""
+    """The adapter on a fresh base model with a newly drawn head."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(run.backbone.model(run.task.num_labels), folder).eval()

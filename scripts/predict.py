@@ -98,7 +98,9 @@ def tsv_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[s
     for number, row in rows:
         where = f"{name}, line {number}"
         if len(row) != len(header):
-            raise UserError(f"{where}: {len(row)} fields, the header has {len(header)}; tabs separate, nothing quotes")
+            raise UserError(
+                f"{where}: {len(row)} fields, the header has {len(header)}; tabs separate fields, quotes do not"
+            )
         yield tuple(task.text(row[place], where) for place in places)
 
 

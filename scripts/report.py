@@ -47,10 +47,10 @@ def main() -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file with every part of one.
+    """A complete result file.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or it lacks a part.
     """
     result = result_files.read(path)
     missing = [part for part in PARTS if not isinstance(result, dict) or part not in result]

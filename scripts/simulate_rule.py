@@ -1,4 +1,4 @@
-"""Simulate the decision rule of a study before it is run: how often it says what, and at which look.
+"""Simulate the decision rule of a study before it is run: how often each outcome comes, and at which look.
 
     python scripts/simulate_rule.py study_a [--repetitions N]
 

@@ -1,4 +1,4 @@
-"""What a study says so far, by its own rule, and which runs come next; reads result files only.
+"""What a study shows so far by its own rule, and which runs come next; reads result files only.
 
     python scripts/study_decision.py study_a [--runs DIR]
 
@@ -96,7 +96,7 @@ def differences(plan: Plan, scores: Scores, control: str) -> dict[str, NDArray]:
 
 @dataclass
 class State:
-    """Where one control stands: the differences used, D at the looks taken, the outcome and its look (0: none)."""
+    """One control so far: the differences used, D at the looks taken, the outcome and its look (0: none)."""
 
     control: str
     used: dict[str, NDArray]

@@ -127,7 +127,7 @@ def by_task(directories: Sequence[Path]) -> dict[str, Path]:
     for directory in directories:
         task = finished_run.read_result(directory)["run"]["task"]
         if task not in {part.task for part in PARTS.values()}:
-            raise UserError(f"{directory} is a run of {task}, which is no task of GLUE")
+            raise UserError(f"{directory} is a run of {task}, which is not a task of GLUE")
         if task in runs:
             raise UserError(f"two runs of {task}: {runs[task]} and {directory}; give one")
         runs[task] = directory

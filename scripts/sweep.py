@@ -1,4 +1,4 @@
-"""Run a sweep: one process per run, what is finished is not run again, what was cut off goes on.
+"""Run a sweep: one process per run; finished runs are not repeated, interrupted runs continue.
 
     python scripts/sweep.py NAME [overrides] [--jobs N] [--known DIR] [--dry-run]
 

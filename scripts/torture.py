@@ -1,4 +1,4 @@
-"""Kill real runs with SIGKILL at random moments, continue them, and compare with runs that nothing happened to.
+"""Kill real runs with SIGKILL at random moments, continue them, and compare them with runs that were not killed.
 
     python scripts/torture.py --kills 20 [--methods increlora adalora] [--seed 0]
 
@@ -32,7 +32,7 @@ WEIGHTS = ("last.safetensors", "best.safetensors")
 
 @dataclass
 class Trial:
-    """What one kill did: where it fell, where the run went on from, and what differs in the end."""
+    """One kill: the step at which it came, the step from which the run continued, and what differs in the end."""
 
     method: str
     killed_at: int

@@ -1,7 +1,7 @@
-"""What differences between methods are worth: paired tests, intervals that cover, averages over tasks, seeds needed.
+"""Is a difference between methods real? Paired tests, intervals that cover, averages over tasks, seeds needed.
 
 Scores may be in any unit, the same for all methods; differences and intervals come out in that unit. Every random
-resampling starts from a fixed seed, so a table made twice is the same.
+resampling starts from a fixed seed, so the same data give the same table.
 
 Coverage of 95 % intervals of a mean difference in %, by simulation (4,000 samples each, standard error .35; the
 skewness of the two gamma shapes is 1 and 2, t3 is Student's with 3 degrees of freedom):

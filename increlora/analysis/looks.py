@@ -1,4 +1,4 @@
-"""How methods, tasks, backbones and matrices are called and look, in every table and figure."""
+"""Names, colours and markers of methods, tasks, backbones and matrices, for every table and figure."""
 
 import zlib
 from collections.abc import Iterable

@@ -34,7 +34,7 @@ def by_method(runs: Iterable[Run]) -> Runs:
     """Method -> seed -> run, in the order of `LOOKS` and of the seeds.
 
     Raises:
-        UserError: two runs with one seed: which of them is meant?
+        UserError: two runs with the same seed.
     """
     found: Runs = {}
     for run in sorted(runs, key=lambda run: (position(run["run"]["method"], LOOKS), run["run"]["seed"])):
@@ -67,7 +67,7 @@ def of_experiment(runs: Iterable[Run], name: str) -> list[Run]:
 
 
 def is_published(run: Run, experiment: str | None = None) -> bool:
-    """Whether a run has the settings of its recipe, of which an experiment changes what it says, and no others."""
+    """Whether a run has the settings of its recipe, changed by nothing but the given experiment and the precision."""
     return all(o.startswith("precision=") or o == f"experiment={experiment}" for o in run["run"]["overrides"])
 
 
@@ -76,7 +76,7 @@ def panels(methods: Sequence[str], needed: Collection[str] = (), budget: str = "
 
     Args:
         methods: what to show.
-        needed: methods without which an experiment is passed over; default: any of `methods` will do.
+        needed: only experiments that have all these methods are used; default: any of `methods` is enough.
         budget: of these runs only.
 
     Raises:

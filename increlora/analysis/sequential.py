@@ -1,4 +1,4 @@
-"""The decision rule of a study over several tasks: looks on the way, and an outcome for "no" as for "yes".
+"""The decision rule of a study over several tasks: it looks several times, and can end with "yes" and with "no".
 
 For one control, d_ki is the difference (method minus control, in points) on task k with seed i. The estimand is the
 precision-weighted mean over these tasks, with weights fixed before the first difference is seen:

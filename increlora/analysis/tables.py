@@ -38,9 +38,6 @@ def _escaped(text: str) -> str:
 # numbers as text
 
 
-# numbers as text
-
-
 def spread(scores: Iterable[float]) -> str:
     """Mean, SD and number: `84.20 ± 0.31 (6)`."""
     values = list(scores)
@@ -51,7 +48,7 @@ def spread(scores: Iterable[float]) -> str:
 
 
 def interval_text(values: Collection[float]) -> str:
-    """The 95 % interval of a mean as a table shows it; with one seed, why there is none."""
+    """The 95 % interval of a mean as a table shows it; with one seed, the reason why there is none."""
     if len(values) < 2:
         return "n too small"
     interval = comparison.interval(list(values))

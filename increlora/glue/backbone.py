@@ -37,7 +37,7 @@ class Backbone:
         head_dropout_keys: entries of the configuration that carry the head's dropout; where the encoder's shares
             the entry, the name of the head's dropout module instead.
         architecture: arguments of the transformers configuration, `model_type` among them, that
-            `weights="random"` builds from; a folder with a config.json has the last word.
+            `weights="random"` builds from; a config.json in the given folder overrides it.
         tokenizer_files: what a folder must hold of the tokenizer: a list of alternatives, each a list of files.
         sentencepiece: one of these files, if the tokenizer is built from this SentencePiece model; None leaves it to
             transformers' class for the `model_type`.

@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill at any moment: one safetensors file, written whole or not at all.
+"""Checkpoints that survive a kill at any moment: one safetensors file each, written completely or not at all.
 
 A file holds tensors and, in its header, one JSON document. Nothing is pickled. The previous file is
-kept until the new one is whole: write, fsync, rename.
+kept until the new one is complete: write, fsync, rename.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
     text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")}, allow_nan=False)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path, SafetensorError):
-        save_file(tensors, temporary, metadata={"increlora": text})  # of several keys the order would be random
+        save_file(tensors, temporary, metadata={"increlora": text})  # with several keys their order would be random
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if keep_previous and path.exists():
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, Any]:
     """What `write` wrote.
 
     Raises:
-        UserError: the file is truncated, is none of ours, or is of another version.
+        UserError: the file is truncated, is not a checkpoint, or has another format.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -89,10 +89,10 @@ def previous(path: Path) -> Path:
 
 
 def newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest whole checkpoint, None if there is none, and a sentence for each that had to be passed over.
+    """The newest complete checkpoint, None if there is none, and a sentence for each file that could not be used.
 
     Raises:
-        UserError: there are checkpoints and none is whole.
+        UserError: there are checkpoints, but none is complete.
     """
     passed_over: list[str] = []
     for candidate in (path, previous(path)):
@@ -102,13 +102,15 @@ def newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
             except UserError as error:
                 passed_over.append(str(error))
     if passed_over:
-        raise UserError(f"{passed_over[0]}, and no whole one is before it.\nRun with overwrite=true to start anew.")
+        raise UserError(
+            f"{passed_over[0]}, and there is no complete checkpoint before it.\nRun with overwrite=true to start again."
+        )
     return None, []
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process until the end of the block, or of the process.
+    """Reserve a folder for this process until the end of the block, or of the process.
 
     Raises:
         UserError: another process holds it, or it cannot be made.
@@ -121,7 +123,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     except OSError:
         lock.close()
         raise UserError(f"another process is running in {folder}; wait for it or choose another run_dir") from None
-    with lock:  # the file stays: deleting it would let a third process lock a new one beside a held one
+    with lock:  # the file stays: if it were deleted, a third process could lock a new file of the same name
         yield
 
 
@@ -181,18 +183,18 @@ class Checkpoints:
         """The state to continue from, None if there is none.
 
         Raises:
-            UserError: no checkpoint is whole, or it is of another configuration, other data or other processes.
+            UserError: no checkpoint is complete, or it is of another configuration, other data or other processes.
         """
         document, passed_over = newest(self.path("checkpoint"))
         for sentence in passed_over:
-            log.warning("%s; the one before it is whole and is used", sentence)
+            log.warning("%s; the previous checkpoint is complete and is used", sentence)
         if document is None:
             return None
         changed = changed_since(up_to_date(document["identity"]), json.loads(json.dumps(self.identity)))
         if changed:
             raise UserError(
                 f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"
-                "Give the arguments and the data it was started with, or overwrite=true to start anew."
+                "Give the arguments and the data it was started with, or overwrite=true to start again."
             )
         self.commits = list(dict.fromkeys([*document.get("commits", []), *self.commits]))
         return document["state"]

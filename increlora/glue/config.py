@@ -1,6 +1,6 @@
 """From the command line to objects: compose, name the run, build; errors in two lines.
 
-Of the library only `finished_run` needs this module, and none of it Hydra itself; `run.py` and the scripts do.
+In the library only `finished_run` uses this module; otherwise `run.py` and the scripts do.
 """
 
 import functools
@@ -76,7 +76,7 @@ def recorded(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
 
 
 def _refuse_borrowed_names(cfg: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> None:
-    """Results go by names and not by classes, so no two choices may have one name."""
+    """Results are known by names and not by classes, so two choices must not have the same name."""
     for key in map(_key, overrides):
         if key.rpartition(".")[2] == CLASS:
             raise UserError(
@@ -144,10 +144,10 @@ def _task(node: str) -> Any:
 
 
 def read_study(name: str) -> dict[str, Any]:
-    """What a file of configs/study says.
+    """The content of a file of configs/study.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no file of that name.
     """
     path = CONFIGS / "study" / f"{name}.yaml"
     if not path.exists():
@@ -158,7 +158,7 @@ def read_study(name: str) -> dict[str, Any]:
 
 
 def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
-    """`run_dir`, or the directory that says what the run is."""
+    """`run_dir`, or else the directory named by what the run is."""
     if cfg.run_dir:
         return Path(cfg.run_dir).expanduser()
     path = Path("runs", *(run[key] for key in ("backbone", "budget", "method", "task")))
@@ -248,7 +248,7 @@ def _two_lines(text: str, group: str) -> str:
 
 
 def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Print an error of the person at the keyboard in two lines and leave with exit code 2.
+    """Print a user's error in two lines and leave with exit code 2.
 
     Where the reader of the output has left (`| head`), leave without a word, as a process does that the signal ends.
     Wrap both the function that Hydra calls and Hydra's own entry point, which raises what is wrong with

@@ -22,7 +22,7 @@ from increlora.glue.settings import Settings
 from increlora.glue.tasks import Examples, Task
 from increlora.method import Method
 
-# what may be said of a run that is over -> where that stands in its configuration
+# overrides that a finished run takes -> their keys in its configuration
 OVERRIDES = {
     "backbone.path": "backbone.path",
     "task.data_dir": "task.data_dir",
@@ -37,12 +37,12 @@ CHUNK = 16  # batches that are sorted by length together
 
 @dataclass
 class Trained:
-    """A trained model in evaluation mode, and what its run consisted of.
+    """A trained model in evaluation mode, and the parts of its run.
 
     Args:
         result: the content of the result file.
         checkpoint: the name of the checkpoint, `best` or `last`.
-        settings: precision and device to compute with; fp32 unless told otherwise.
+        settings: precision and device to compute with; fp32 by default.
         model, tokenizer: a sequence classifier and a tokenizer of transformers.
     """
 
@@ -75,9 +75,9 @@ class Trained:
             yield self.logits(chunk, batch_size)
 
     def merge(self) -> None:
-        """Fold the update into the weights where that only rounds; a prediction then costs what the plain model's does.
+        """Fold the update into the weights, in fp32 only; a prediction then costs as much as with the plain model.
 
-        In half precision a merged weight has too few digits for a small update, so there the model stays as it is.
+        In half precision a merged weight has too few digits for a small update, so the model is not changed there.
         """
         if self.settings.precision == "fp32" and self.method.can_merge:
             self.method.merge(self.model)
@@ -120,7 +120,7 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
 
 
 def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a run that is over, on this machine.
+    """The configuration of a finished run, for this machine.
 
     Raises:
         UserError: an override that would make it another run.
@@ -129,7 +129,7 @@ def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfi
     for override in ("device=auto", "precision=fp32", *overrides):
         key, _, value = override.lstrip("+").partition("=")
         if key not in OVERRIDES:
-            raise UserError(f"'{override}': of a run that is over, only {', '.join(OVERRIDES)} can be set (key=value)")
+            raise UserError(f"'{override}': of a finished run only {', '.join(OVERRIDES)} can be set (key=value)")
         OmegaConf.update(cfg, OVERRIDES[key], WORDS.get(value, value), force_add=True)
     return cfg
 

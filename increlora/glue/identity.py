@@ -9,14 +9,14 @@ from typing import Any, Protocol
 from increlora.files import changed_keys
 
 KEYS = ("backbone", "budget", "method", "task", "seed")
-# where a run lies and what it shows: in no result
+# where a run lies and what it shows; results do not hold these keys
 NEUTRAL = (
     "tracker", "run_dir", "overwrite", "device", "hydra", "backbone.path", "task.data_dir",
     "train.progress", "train.log_interval", "train.checkpoint_interval",
 )  # fmt: skip
-# what is said of a run, and where it computed: a result tells it, and the run is the same whatever it says
+# remarks and places of computation; results hold these keys, and the run is the same with any value
 REMARKS = ("settings_from", "train.device", "task.folder", "task.train_examples")
-CLASS = "_target_"  # a file that is moved makes no run another one
+CLASS = "_target_"  # moving a class to another file does not make another run
 
 
 def counts(key: str) -> bool:
@@ -49,7 +49,7 @@ class Reads(Protocol):
 
 
 def inputs(*parts: Reads) -> dict[str, str]:
-    """Digests of all that these parts of a run read beside their configuration, by name, as each part tells its own."""
+    """Digests of everything that these parts of a run read, by name; each part gives its own."""
     return {name: digest for part in parts for name, digest in part.inputs().items()}
 
 

@@ -1,4 +1,4 @@
-"""The one way of training anything here: the loop, and one optimizer step."""
+"""The training loop of the benchmark, for every method, and one optimizer step."""
 
 import itertools
 import logging
@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """How far a run has come."""
 
     step: int = 0  # optimizer steps taken
     position: int = 0  # batches drawn
@@ -114,7 +114,7 @@ def take_step(
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if settings.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
-    # one reading for all of it, which is when a GPU is waited for
+    # one reading for all three values, because every reading waits for the GPU
     told = torch.stack([torch.stack(losses).sum(), norm, norm.new_full((), float(stop))])
     loss, gradient_norm, stopping = distributed.mean(told).tolist()
     taken = math.isfinite(gradient_norm) and math.isfinite(loss)
@@ -159,7 +159,7 @@ def train(
 
 
 class Training:
-    """One run: what it consists of and where it stands; the arguments are those of `train`."""
+    """One run: its parts and its progress; the arguments are those of `train`."""
 
     def __init__(
         self,
@@ -202,11 +202,11 @@ class Training:
                 if report.taken:
                     bar.update()
                     self._show(bar, report)
-                # several processes must agree, and do so in the next step
+                # several processes must stop together: `report.stop` tells all of them in the next step
                 if report.stop or (request.signal and distributed.processes() == 1):
                     self._interrupt(request.signal or signal.SIGTERM)
         if progress.step < self.total_steps and not (progress.curve and progress.curve[-1].step == progress.step):
-            self._evaluate()  # diverged: the steps left out changed nothing, so there is a model with a score
+            self._evaluate()  # diverged: skipped steps changed nothing, so the model still has a score
         return self._outcome()
 
     def _step(self, indices: list[int], stop: bool) -> StepReport:
@@ -323,7 +323,7 @@ class Training:
     # stop and continue
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a later process needs to go on as if nothing had happened."""
+        """Everything that a later process needs to continue exactly."""
         return {
             "progress": asdict(self.progress) | {"seconds": self._seconds()},
             "model": checkpoint.model_state(self.model, self.method),

@@ -13,7 +13,7 @@ from increlora.glue.results import code_state
 
 
 def describe(command: Sequence[str], device: str) -> dict[str, Any]:
-    """What a person needs to measure the same again; folders are left out of the command."""
+    """What is needed to repeat a measurement; the command is without folders."""
     code = code_state(device)
     script, *arguments = command
     words = ["python", f"scripts/{Path(script).name}", *(re.sub(r"[^\s=]*/", "", word) for word in arguments)]
@@ -30,7 +30,7 @@ def describe(command: Sequence[str], device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as far as the system tells it."""
+    """The name of the processor, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -39,7 +39,7 @@ def spearmanr(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _correlation(correlate: Callable[..., Any], predictions: np.ndarray, labels: np.ndarray) -> float:
-    """A diverged run (constant or non-finite predictions) is a run without correlation, not a crash."""
+    """A correlation; 0.0 for constant or non-finite predictions, as of a diverged run."""
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     value = float(correlate(predictions, labels).statistic)

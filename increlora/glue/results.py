@@ -1,4 +1,4 @@
-"""One result file per run: made, written atomically, compared with what is asked for, shown."""
+"""One result file per run: build it, write it atomically, compare it with what is asked for, show it."""
 
 import os
 import platform
@@ -15,12 +15,12 @@ from increlora.glue.identity import differences
 from increlora.matrices import rank_map
 from increlora.result_files import FILE_NAME, FORMAT, padding_share, read
 
-if TYPE_CHECKING:  # reading results must not cost the import of torch
+if TYPE_CHECKING:  # reading results must not import torch
     from increlora.glue.evaluate import Evaluation
     from increlora.glue.loop import Outcome
     from increlora.glue.tasks import TaskData
 
-INPUTS = {"base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # in words, where the name is not plain
+INPUTS = {"base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # where the name alone is not clear
 SOURCES = ("--", ":/run.py", ":/increlora", ":/baselines", ":/configs")  # where a new file may change what is computed
 PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 
@@ -39,9 +39,8 @@ def build(
         code: `code_state` from before the training.
         inputs: digests of what was read, by name (`identity.inputs`).
 
-    Scores, ranks and parameters of `best` (on the primary evaluation split), `last` and, with a
-    held-out part of train, `clean` (chosen there, scored on the primary split) come from one and the
-    same checkpoint each.
+    There are entries for `best` (on the primary evaluation split), for `last` and, with a held-out part of train, for
+    `clean` (chosen there, scored on the primary split). Scores, ranks and parameters of an entry are of one checkpoint.
     """
     primary = next(iter(data.evaluation))
     found = {"best": outcome.best(primary), "last": outcome.curve[-1] if outcome.curve else None}
@@ -124,7 +123,7 @@ def _version(package: str) -> str | None:
 
 
 def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
-    """Write the result file whole or not at all.
+    """Write the result file completely or not at all.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -161,24 +160,24 @@ def stored(
         )
     if other := changed_inputs(result, inputs()):
         raise UserError(
-            f"{path} is the result with {in_words(other)} that have changed since, or lie elsewhere.\n"
+            f"{path} is the result of a run with other {in_words(other)} than those given now.\n"
             "Give those it was made with, or run with overwrite=true to replace it, or with another run_dir."
         )
     return result
 
 
 def changed_inputs(result: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-    """The names of what a run read that has another digest now; what its result does not tell is left out."""
+    """The names of the inputs whose digest has changed; inputs that the result does not record are not compared."""
     return [name for name, digest in inputs.items() if digest != result["inputs"].get(name, digest)]
 
 
 def in_words(inputs: Sequence[str]) -> str:
-    """Names of what a run reads, as a person says them."""
+    """Names of inputs in words."""
     return " and ".join(INPUTS.get(name, name) for name in inputs)
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """What a person wants to know of a finished run: scores, ranks before and after, cost."""
+    """A finished run in a few lines: scores, ranks before and after, cost."""
     run, scores, cost = result["run"], result["scores"], result["cost"]
     names = [str(run[key]) for key in ("task", "method", "budget", "backbone")]
     lines = [f"{' / '.join(names)} / seed {run['seed']}: {result['status']}"]

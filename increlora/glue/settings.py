@@ -1,4 +1,4 @@
-"""How to train: steps, rates, batches, precision and device, refused where they cannot work."""
+"""How to train: steps, rates, batches, precision and device; settings that cannot work are refused."""
 
 import contextlib
 import math

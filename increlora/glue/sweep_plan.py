@@ -4,9 +4,9 @@ A sweep file says what runs there are:
 
     common:   overrides of every run
     where:    overrides of the runs that have an override, e.g. `method=lora: {method.dropout: 0.0}`, or several,
-              `method=lora task=rte: {...}`; the last that fits decides
+              `method=lora task=rte: {...}`; the last match decides
     runs:     blocks of override -> value or list of values; a block is their product, its first key slowest;
-              what a block says beats common and where
+              a block overrides common and where
 
 A value may depend on other runs, which then run first:
 
@@ -35,13 +35,13 @@ from increlora.glue import config, identity, results
 SWEEPS = config.CONFIGS / "sweep"
 REFUSED = {
     "overwrite": "a sweep does not run again what is finished; delete the directories of the runs that it shall repeat",
-    "run_dir": "every run of a sweep has a directory of its own; start the sweep in the folder where they shall lie",
+    "run_dir": "every run of a sweep has a directory of its own; start the sweep in the folder where they should be",
 }
 
 
 @dataclass
 class Run:
-    """One run of the sweep: its overrides, the runs that they depend on by override, and where it stands."""
+    """One run of the sweep: its overrides, the runs that they depend on by override, and its state."""
 
     settings: dict[str, Any]
     sources: dict[str, list["Run"]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What tells it from the other runs, in words."""
+        """What distinguishes it from the other runs, in words."""
         told = {
             key: self.settings.get(key) for key in ("task", "method", "budget", "experiment", "train.learning_rate")
         }
@@ -80,7 +80,7 @@ def read_sweep(name: str) -> dict[str, Any]:
     """A file of configs/sweep, or of another folder.
 
     Raises:
-        UserError: there is none of that name, or it is no sweep.
+        UserError: there is no file of that name, or it is not a sweep.
     """
     path = Path(name) if name.endswith(".yaml") else SWEEPS / f"{name}.yaml"
     if not path.exists():
@@ -133,7 +133,7 @@ def parted(sweep: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str
     """The overrides that choose among the sweep's values, and those that go to every run.
 
     Raises:
-        UserError: an override that is none, or a value that the sweep does not have.
+        UserError: a word that is not an override, or a value that the sweep does not have.
     """
     varied: dict[str, set[str]] = {}
     for block in sweep["runs"]:
@@ -143,7 +143,7 @@ def parted(sweep: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"'{override}' is no override; write key=value")
+            raise UserError(f"'{override}' is not an override; write key=value")
         if key not in varied:
             extra[key] = value
             continue
@@ -215,7 +215,7 @@ def where(sweep: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
 
 
 def needed(own: Mapping[str, Any], name: str, value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What tells the runs that the value of an override depends on from others, as a block would say it.
+    """The runs that the value of an override depends on, as a block would describe them.
 
     Args:
         own: the same of the run that has the value.

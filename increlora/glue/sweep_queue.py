@@ -1,4 +1,4 @@
-"""The queue of a sweep: starts what is ready, watches what runs, tries again what failed once."""
+"""The queue of a sweep: it starts the runs that are ready, watches them, and repeats a failed run once."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ SHOWN = 12  # rows of the live table
 
 
 class Sweep:
-    """The queue: starts what is ready, watches what runs, tries again what failed once."""
+    """The queue: it starts the runs that are ready, watches them, and repeats a failed run once."""
 
     def __init__(self, runs: list[Run], jobs: int, known: Path | None, console: Console):
         self.runs, self.jobs, self.known, self.console = runs, jobs, known, console
@@ -109,7 +109,7 @@ class Sweep:
         if run.result:
             scores = run.result["scores"].get("last", {}).get("score", float("nan"))
             return f"{run.result['status']}, last {scores:.4f}, {time.monotonic() - run.began:.0f} s"
-        return {"stopped": "stopped, it continues next time", "waiting": "failed, is tried again"}.get(
+        return {"stopped": "stopped, it continues next time", "waiting": "failed, will be tried again"}.get(
             run.state, "failed"
         )
 
@@ -174,7 +174,7 @@ def last_lines(run: Run) -> list[str]:
 
 
 def words(seconds: float) -> str:
-    """A duration to be read by a person."""
+    """A duration in words."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 

@@ -9,7 +9,7 @@ inclusion (poodles are dogs are animals; what is soaked is wet). The semantics i
     most A are B       more than half of A is in B
 
 A pair is an entailment if the hypothesis is true in every model of the premise in which the listed
-inclusions hold and every noun class has a member; nothing else is known of the classes. For two
+inclusions hold and every noun class has a member; nothing else is assumed about the classes. For two
 sentences with one quantifier each this comes to monotonicity (`entails`), which a test confirms by
 going through all small models.
 """

@@ -107,7 +107,7 @@ class Task:
         head_dropout: dropout before the classifier (applied by the backbone).
         data_dir: folder of TSV files, or a folder that holds it as `folder`; None reads the hub.
         folder: name of the task's folder in the public GLUE archive.
-        train_examples: published size of train, to plan with (scripts/describe.py); the data has the last word.
+        train_examples: published size of train, for planning (scripts/describe.py); a run counts the data itself.
         holdout: share of train held out as the split `holdout`.
         joint: score the first of `dev` and `holdout` as one split too, named `dev+holdout`: more examples, less noise.
         train_fraction: share of train used at all; drawn before `holdout`, smaller shares are subsets.
@@ -294,7 +294,7 @@ class Task:
             UserError: it is empty, and the task is not lenient.
         """
         if not self.lenient and not text.strip():
-            raise UserError(f"{where}: an empty text; mend the row, or keep such rows with ++task.lenient=true")
+            raise UserError(f"{where}: an empty text; correct the row, or keep such rows with ++task.lenient=true")
         return text
 
     def _label(self, word: str, where: str) -> int | float:

@@ -1,7 +1,8 @@
 """Token ids kept on disk, so that a large task is tokenised once per tokenizer and length, not once per run.
 
 A file is found by a fingerprint of everything that the ids depend on: the texts, the tokenizer with its whole
-vocabulary, the length, the versions. What cannot be read or written is computed again: the cache changes no result.
+vocabulary, the length, the versions. A file that cannot be read or written is ignored and the ids are computed again,
+so the cache changes no result.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import numpy as np
 from increlora.glue.cache_folder import cache_folder
 
 log = logging.getLogger(__name__)
-FROM = 10_000  # examples: with fewer, tokenising is as fast as asking
+FROM = 10_000  # examples: with fewer, tokenising is as fast as reading the cache
 FORMAT = 1
 
 

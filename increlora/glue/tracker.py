@@ -1,6 +1,6 @@
-"""What is recorded while a run trains: JSON lines in the run directory, mirrored to Weights & Biases.
+"""What is recorded while a run trains: JSON lines in the run directory, copied to Weights & Biases.
 
-The local file is the truth; W&B gets the same values in one call per step and may fail without harm.
+The local file is complete by itself. W&B gets the same values in one call per step; if it fails, the run continues.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class Tracker:
         self.file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later process needs to go on with the same record."""
+        """What a later process needs to continue the same record."""
         return {"step": self.step}
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Tracker:
             self.file.flush()
 
     def where(self) -> list[str]:
-        """Lines that tell a person where the records lie."""
+        """Lines for the user: where the records are."""
         return [f"local record: {self.path}"]
 
 
@@ -137,7 +137,7 @@ class WandbTracker(Tracker):
     def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         import wandb
 
-        # an offline run cannot be continued: a new one is made whole from the local record
+        # an offline run cannot be continued: a new one is made and filled from the local record
         online = self.mode == "online" and state.get("wandb_id")
         self.run = wandb.init(
             **({"id": state["wandb_id"], "resume": "allow"} if online else {}),
@@ -197,9 +197,9 @@ class WandbTracker(Tracker):
             return
         try:
             call()
-        except Exception as error:  # whatever a third party's client raises must not cost a run
+        except Exception as error:  # no exception of a third party's client may end a run
             self.mode, self.run, self.failed = "disabled", None, True
-            log.warning("W&B failed (%s: %s); the local record goes on in %s", type(error).__name__, error, self.path)
+            log.warning("W&B failed (%s: %s); the local record continues in %s", type(error).__name__, error, self.path)
 
 
 def _online() -> bool:
@@ -236,7 +236,7 @@ def _draw(layers: list[int], kinds: list[str], cells: list[list[int]]) -> Any:
 
 
 class Silent(Tracker):
-    """Records nothing: for every process but the first of several."""
+    """Records nothing: for all processes but the first one."""
 
     def start(self, *arguments: Any, **keywords: Any) -> None:
         self.step = 0

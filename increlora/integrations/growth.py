@@ -1,4 +1,4 @@
-"""A method in somebody else's training code: learning rates, new groups, several processes, whole checkpoints."""
+"""A method in any training code: learning rates, later groups, several processes, complete checkpoints."""
 
 import ctypes
 import io
@@ -12,7 +12,7 @@ from increlora import distributed, groups
 from increlora.errors import UserError
 from increlora.method import Method
 
-STATE = "increlora_state"  # the entry of model.state_dict() that holds what the weights alone do not say
+STATE = "increlora_state"  # the entry of model.state_dict() for structure, averages and step
 
 
 class Growth:
@@ -68,7 +68,7 @@ class Growth:
         self.loaded: set[str] = set()  # since the last step: the model's state, the optimizer's
         self._check_steps()
         groups.adopt(optimizer, method, model)
-        # DistributedDataParallel leaves alone what begins to train later, also where it wraps a model that has grown
+        # DistributedDataParallel ignores what begins to train later, also if it wraps a model that has grown
         self.later = method.later_parameters()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         model._ddp_params_and_buffers_to_ignore = [names[id(p)] for p in self.later]  # type: ignore[assignment]
@@ -84,7 +84,7 @@ class Growth:
     # one step
 
     def begin_step(self, micro_batches: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Before the first forward of a step; called again within the step, it does nothing.
+        """Call before the first forward of a step; a repeated call within the step has no effect.
 
         Args:
             micro_batches: backward passes in this step, or more.
@@ -98,7 +98,7 @@ class Growth:
         if len(self.loaded) == 1:
             raise UserError(
                 f"the state of the {self.loaded.pop()} was loaded, but not that of both model and optimizer: load the "
-                "other one too, as it was saved with this one"
+                "other one too, from the same checkpoint"
             )
         self.loaded.clear()
         groups.set_learning_rates(self.optimizer, self.step, self.total_steps, self.warmup_steps)
@@ -111,7 +111,7 @@ class Growth:
         self.begun = True
 
     def before_step(self) -> bool:
-        """Gradients are complete and clipped: ranks grow if it is time; returns whether the step counts."""
+        """Call when gradients are complete and clipped: ranks grow if it is time; returns whether the step counts."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if self.finite:
@@ -120,12 +120,12 @@ class Growth:
             grown = len(self.method.allocations) > allocations
             if grown and any(ranks != self.method.ranks() for ranks in distributed.gather(self.method.ranks())):
                 raise UserError("the processes disagree about the ranks: start them with the same model and settings")
-        elif not self.scaled:  # a scaler leaves the step out by itself
+        elif not self.scaled:  # a scaler skips such a step by itself
             self.optimizer.zero_grad(set_to_none=True)
         return self.finite
 
     def after_step(self) -> None:
-        """The optimizer has stepped, the gradients are still there; between micro-batches it does nothing."""
+        """Call after the optimizer's step, before zero_grad; between micro-batches it has no effect."""
         if self.finite is None:
             return
         if self.finite:
@@ -157,9 +157,10 @@ class Growth:
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
 
     def _average(self) -> None:
-        """Average the gradients of what trains since a growth; what earlier micro-batches left is a mean and stays so.
+        """Average the gradients of parameters that train since a growth.
 
-        A process may have passed some of them over (an expert, a dropped layer): there they count as 0.
+        What earlier micro-batches left is a mean already, and averaging does not change it. A process that did not use
+        a parameter (an expert, a dropped layer) counts with gradient 0.
         """
         self.averages = False
         parameters = [parameter for parameter in self.later if parameter.requires_grad]
@@ -183,7 +184,7 @@ class Growth:
         if state["matrices"] != list(self.method.ranks()):
             raise UserError(
                 f"the checkpoint is of another model or method: it adapts {len(state['matrices'])} matrices, "
-                f"this one {len(self.method.ranks())}, and not the same. Prepare the method as for that run."
+                f"this one {len(self.method.ranks())}, and their names differ. Prepare the method as in that run."
             )
         self.method.load_state_dict(state["method"])
         self.step, self.skipped = state["step"], state["skipped"]
@@ -192,13 +193,13 @@ class Growth:
 
     def _regroup(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Give the optimizer the saved groups, by parameter name; their options and states follow."""
-        if state_dict["state"]:  # accelerate, preparing a fresh optimizer, loads what it has just saved
+        if state_dict["state"]:  # accelerate prepares a fresh optimizer by loading its own empty state
             self.loaded.add("optimizer")
         groups.rebuild(optimizer, self.model, [group.get("param_names", [""]) for group in state_dict["param_groups"]])
 
 
 def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Put beside the weights what they alone do not say."""
+    """Add structure, averages and step to the weights."""
     state = {
         "step": growth.step,
         "skipped": growth.skipped,

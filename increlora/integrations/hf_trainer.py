@@ -53,8 +53,8 @@ class IncreLoRACallback(TrainerCallback):
         growth, optimizer = self.growth, parts["optimizer"]
         if optimizer.accelerator_state.distributed_type in SHARDED or args.n_gpu > 1:
             raise UserError(
-                "parameters that are born in training need a whole model in every process: start one process per "
-                "GPU (torchrun, accelerate launch) with DistributedDataParallel, not FSDP, DeepSpeed or DataParallel"
+                "a method that grows needs the whole model in every process: start one process per GPU (torchrun, "
+                "accelerate launch) with DistributedDataParallel, not FSDP, DeepSpeed or DataParallel"
             )
         if optimizer.optimizer is not growth.optimizer:
             raise UserError("give the Trainer the callback's optimizer: Trainer(..., optimizers=callback.optimizers)")
@@ -86,7 +86,7 @@ class IncreLoRACallback(TrainerCallback):
 
 
 class GroupsDecide(LRScheduler):
-    """The scheduler that the Trainer insists on: it changes no learning rate, `Growth` sets them all."""
+    """The scheduler that the Trainer requires; it changes no learning rate, because `Growth` sets them all."""
 
     def get_lr(self) -> list[float | torch.Tensor]:
         return self.get_last_lr()

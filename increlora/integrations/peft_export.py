@@ -1,10 +1,10 @@
-"""A method and its model, wherever they were trained, as a PEFT LoRA adapter.
+"""The update of a method, trained in any loop, as a PEFT LoRA adapter.
 
 A PEFT adapter computes h = W0 x + b + lora_alpha / r * B A x. Here A carries lambda and alpha / rank, and
 lora_alpha = r for every matrix, so that PEFT's own scale is exactly 1. Components that reach the output are kept
-and no others: silent reserves and pruned triplets are dropped. The reserve that learns while ranks grow reaches
-the output with lambda 1e-5; dropped, it would move the logits (of MiniLM on CoLA by up to 1.1e-5), so a
-checkpoint from that phase keeps it, and its `rank_pattern` exceeds the ranks by the reserve's.
+and no others: silenced reserves and pruned triplets are dropped. While ranks grow, the reserve that learns reaches
+the output with lambda 1e-5. Without it the logits would change (of MiniLM on CoLA by up to 1.1e-5). So the adapter of
+a checkpoint from that phase keeps it, and its `rank_pattern` is larger than the ranks by that of the reserve.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def save_peft_adapter(
     Args:
         method: prepared on `model`; IncreLoRA, a control, LoRA or AdaLoRA.
         model: what `method.prepare` was given, not what wraps it. Its head goes under `modules_to_save`.
-        folder: absent or empty; it is there in full or not at all.
+        folder: absent or empty; after an error it is not there.
         base_model: the base model's name to write down; None: the name that `model` was loaded by, if any.
         task_type: PEFT's word for the class to load with, e.g. `CAUSAL_LM` or `SEQ_CLS`; None: `PeftModel`.
         revision: of the base model on the hub.
@@ -58,7 +58,7 @@ def save_peft_adapter(
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; remove it, or choose another folder")
+        raise UserError(f"{folder} exists already; remove it, or choose another folder")
     base = base_model or getattr(model, "name_or_path", None) or None
     config, tensors = adapter(method, model, base, task_type, revision)
     with whole(folder) as made:
@@ -87,7 +87,7 @@ def adapter(
         )
     head = head_modules(method, model)
     ends = (*head, *IMPLIED_HEADS.get(task_type or "", ()))
-    kept = [name for name in modules if name.endswith(ends)]  # what PEFT will load in full: it goes by the names' ends
+    kept = [name for name in modules if name.endswith(ends)]  # what PEFT will load in full, by the ends of names
     _check_head(method, model, kept, factors)
     tensors = {f"{name}.lora_A.weight": A for name, (A, _) in factors.items()}
     tensors |= {f"{name}.lora_B.weight": B for name, (_, B) in factors.items()}
@@ -132,8 +132,8 @@ def _check_head(method: Method, model: nn.Module, kept: list[str], matrices: Ite
     lost = [name for name, parameter in everywhere if id(parameter) in head and not name.startswith(inside)]
     if lost:
         raise UserError(
-            f"{lost[0]} is trained, or tied to what is, in a module that is not all head; PEFT keeps whole modules. "
-            "Save the merged model instead: method.merge(model)."
+            f"{lost[0]} is trained, or tied to such a parameter, in a module that is only partly head; PEFT keeps "
+            "whole modules. Save the merged model instead: method.merge(model)."
         )
     taken = [(matrix, name) for matrix in matrices for name in kept if f"{matrix}.".startswith(f"{name}.")]
     if taken:

@@ -328,7 +328,7 @@ def test_growths_that_do_not_fit_are_refused(tiny_deberta, tmp_path):
     fits = {10: [0, 1, 2, 3, 4], 15: [0, 1, 2, 3, 4], 20: [0, 1]}
     assert "rank {0: 12, 10: 17, 15: 22, 20: 24}" in said(fits, top_h=4)
     assert "this run plans {0: 12, 6: 17, 12: 22, 18: 24}" in said(fits, interval=6, init_warmup=1)
-    assert "12 matrices" not in said({}) and "is no finished run with ranks" in said({})
+    assert "12 matrices" not in said({}) and "is not a finished run with ranks" in said({})
     assert "this model has 2" in said(fits, matrices=["query"])
 
 

@@ -64,7 +64,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(tmp_path, size
     checkpoints = filled(tmp_path)
     os.truncate(tmp_path / "checkpoint.safetensors", size)
     assert checkpoints.load()["step"] == 1
-    assert "truncated or not a checkpoint" in caplog.text and "the one before it is whole" in caplog.text
+    assert "truncated or not a checkpoint" in caplog.text and "the previous checkpoint is complete" in caplog.text
 
 
 def test_a_kill_between_the_two_renames_leaves_the_one_before(tmp_path):
@@ -77,7 +77,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
     checkpoints = filled(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
         os.truncate(file, 50)
-    with pytest.raises(UserError, match="overwrite=true to start anew"):
+    with pytest.raises(UserError, match="overwrite=true to start again"):
         checkpoints.load()
 
 

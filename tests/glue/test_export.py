@@ -334,7 +334,7 @@ def test_an_export_that_differs_is_not_kept(lora_run, tmp_path, monkeypatch, cap
 def test_a_folder_that_is_there_is_left_alone(lora_run, tmp_path, monkeypatch, capsys):
     (tmp_path / "m").mkdir()
     assert call(script, monkeypatch, lora_run, "--format", "merged", "--output", tmp_path / "m") == 2
-    assert "is there already" in capsys.readouterr().err and not list((tmp_path / "m").iterdir())
+    assert "exists already" in capsys.readouterr().err and not list((tmp_path / "m").iterdir())
 
 
 def copied(lora_run: Path, folder: Path, **changes) -> Path:
@@ -365,5 +365,5 @@ def test_directories_that_are_no_finished_run(lora_run, tmp_path):
     )
     ranks = {"best": dict.fromkeys(result["ranks"]["best"], 7)}
     assert "are not those in result.json" in message(copied(lora_run, tmp_path / "d", ranks=ranks))
-    assert "'method.alpha=64': of a run that is over, only backbone.path" in message(lora_run, "method.alpha=64")
+    assert "'method.alpha=64': of a finished run only backbone.path" in message(lora_run, "method.alpha=64")
     assert "there is no such folder" in message(lora_run, "backbone.path=nowhere")

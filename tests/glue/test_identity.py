@@ -138,7 +138,7 @@ def test_every_part_tells_what_it_reads_and_an_unknown_name_is_said_as_it_is(tmp
     assert told == {"data": "abc", "base": "b", "teacher": "t"}
     results.write(tmp_path, made() | {"inputs": told})
     assert results.stored(tmp_path, CONFIG, lambda: {"teacher": "t"})
-    with pytest.raises(UserError, match="is the result with pretrained weights and teacher that have changed"):
+    with pytest.raises(UserError, match="is the result of a run with other pretrained weights and teacher than"):
         results.stored(tmp_path, CONFIG, lambda: {"base": "c", "teacher": "u"})
 
 

@@ -46,10 +46,10 @@ def found(run_dir, arguments):
 def test_a_finished_run_is_not_returned_for_other_data_or_weights(files, tmp_path):
     run_dir = finished(tmp_path / "run", *files)
     assert found(run_dir, files)["status"] == "finished"
-    with pytest.raises(UserError, match="with pretrained weights that have changed since"):
+    with pytest.raises(UserError, match="of a run with other pretrained weights than those given"):
         found(run_dir, [*files, f"backbone.path={tmp_path / 'B'}"])
     write_data(tmp_path / "data", flipped=True)
-    with pytest.raises(UserError, match="with data that have changed since"):
+    with pytest.raises(UserError, match="of a run with other data than those given"):
         found(run_dir, files)
 
 

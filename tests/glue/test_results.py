@@ -83,13 +83,13 @@ def test_a_finished_run_is_found_and_another_configuration_refused(tmp_path):
     with pytest.raises(UserError, match=r"differs in train.epochs, train.max_steps\). Run with overwrite=true"):
         results.stored(tmp_path, changed)
     assert results.stored(tmp_path, CONFIG, lambda: {"data": "abc", "base": "b", "pattern": "unknown then"})
-    with pytest.raises(UserError, match="data and pretrained weights that have changed"):
+    with pytest.raises(UserError, match="of a run with other data and pretrained weights than"):
         results.stored(tmp_path, CONFIG, lambda: {"data": "other", "base": "c"})
 
 
 def test_a_run_that_is_not_finished_is_said_to_be_so(tmp_path):
     (tmp_path / "checkpoint.safetensors").touch()
-    with pytest.raises(UserError, match="the run is not finished; the command that started it goes on with it"):
+    with pytest.raises(UserError, match="the run is not finished; the command that started it continues it"):
         result_files.read(tmp_path / "result.json")
 
 

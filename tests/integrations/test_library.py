@@ -582,8 +582,8 @@ def test_adapters_that_cannot_be_written_leave_nothing(llama, bert, tmp_path):
 
     method, model = prepared(llama)
     (tmp_path / "file").write_text("x")
-    assert "is there already" in message(method, model, tmp_path)
-    assert "is there already" in message(method, model, tmp_path / "file")
+    assert "exists already" in message(method, model, tmp_path)
+    assert "exists already" in message(method, model, tmp_path / "file")
     assert "cannot write" in message(method, model, tmp_path / "file" / "adapter")
     assert "task_type 'LM' is none of PEFT's: SEQ_CLS, " in message(method, model, task_type="LM")
     assert "the model lacks 14 of the method's 14 matrices" in message(method, Wrapper(model))

@@ -180,7 +180,7 @@ def test_what_is_refused(glue, runs, small, tmp_path, monkeypatch, capsys):
     synthetic = finished(
         tmp_path / "run", "backbone=tiny", "task=synthetic_entailment", "train.max_steps=1", "method=full"
     )
-    assert "is a run of synthetic_entailment, which is no task of GLUE" in message(synthetic)
+    assert "is a run of synthetic_entailment, which is not a task of GLUE" in message(synthetic)
     monkeypatch.setitem(script.PARTS, "RTE", replace(script.PARTS["RTE"], rows=3000))
     assert "the test set for RTE.tsv has 4 rows; the server expects 3000" in message(runs["rte"], "--placeholders")
     monkeypatch.setitem(script.PARTS, "RTE", replace(script.PARTS["RTE"], words={"yes": "1", "no": "0"}))

@@ -312,6 +312,6 @@ def test_a_failure_is_tried_again_and_stops_nothing_else(tmp_path):
     out, _ = done.communicate(timeout=500)
     assert done.returncode == 1
     assert "3 finished, 4 failed" in out or "4 failed, 3 finished" in out, out
-    assert out.count("failed, is tried again") == 3 and "error: method.rank must be at least 1" in out
+    assert out.count("failed, will be tried again") == 3 and "error: method.rank must be at least 1" in out
     assert "not run: a run that it needs failed" in out
     assert len(list(tmp_path.rglob("result.json"))) == 3
