@@ -129,11 +129,16 @@ def test_adalora_delta_and_scores_by_hand(tiny_deberta):
     delta = sum(P[:, i : i + 1] * L[i] @ Q[i : i + 1] for i in range(3)) * 6 / (3 + 1e-5)
     x = torch.randn(5, 16, dtype=torch.double)
     torch.testing.assert_close(layer.eval()(x), layer.base_layer(x) + x @ delta.T)
-    allocator = method.tuner.rankallocator
-    s = {f: allocator.exp_avg_ipt[f"{NAME}.lora_{f}.default"] * allocator.exp_avg_unc[f"{NAME}.lora_{f}.default"]
-         for f in "BEA"}  # fmt: skip
-    expected = [s["E"][i, 0] + s["A"][i].sum() / 16 + s["B"][:, i].sum() / 24 for i in range(3)]
-    torch.testing.assert_close(allocator._triplet_scores(NAME), torch.stack(expected))
+    allocator, scores = method.tuner.rankallocator, []
+    for name, layer in method.layers.items():
+        s = {f: allocator.exp_avg_ipt[f"{name}.lora_{f}.default"] * allocator.exp_avg_unc[f"{name}.lora_{f}.default"]
+             for f in "BEA"}  # fmt: skip
+        wide, high = layer.base_layer.in_features, layer.base_layer.out_features
+        scores += [float(s["E"][i, 0] + s["A"][i].sum() / wide + s["B"][:, i].sum() / high) for i in range(3)]
+    for budget in (24, 7):
+        masks = allocator.mask_to_budget(tiny_deberta, budget)
+        kept = [flag for mask in masks.values() for flag in mask]
+        assert kept == [score >= sorted(scores)[-budget] for score in scores]
 
 
 def test_adalora_penalty_is_the_plain_loop_and_no_part_of_the_model_loss(tiny_deberta):
