@@ -48,10 +48,13 @@ def describe(overrides: list[str]) -> dict[str, Any]:
     with config.readable_errors(cfg.method):
         linears = surgery.find_matrices(model, method.kinds)
         method.prepare(model, total_steps)
-    plan, cost, start_ranks = method.planned_ranks(), cost_of_a_rank(model, method), method.ranks()
+    plan, start_ranks = method.planned_ranks(), method.ranks()
     method.before_step(0)  # a reserve is there from the first step on
     start = method.parameters_by_kind(model)
-    factors = {name: linears[name].in_features + linears[name].out_features for name in cost}
+    factors = {
+        name: linears[name].in_features + linears[name].out_features for name, rank in start_ranks.items() if rank
+    }
+    cost = cost_of_a_rank(start["update"], factors, start_ranks)
     return {
         "run": {group: cfg[group].name for group in ("backbone", "budget", "method", "task")},
         "settings_from": cfg.settings_from,
@@ -64,10 +67,13 @@ def describe(overrides: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cost_of_a_rank(model: nn.Module, method: Method) -> dict[str, int]:
-    """Trained parameters per rank of every matrix that has ranks."""
-    trained = {name: trained_below(model, name) for name in method.ranks()}
-    return {name: trained[name] // rank for name, rank in method.ranks().items() if rank}
+def cost_of_a_rank(update: int, factors: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
+    """Trained parameters per rank of every matrix that has ranks.
+
+    Beside its row of A and its column of B every rank has as many numbers: a lambda, a singular value, or none.
+    """
+    beside = update - sum(factors[name] * ranks[name] for name in factors)
+    return {name: size + beside // sum(ranks.values()) for name, size in factors.items()}
 
 
 def trained_below(model: nn.Module, module: str) -> int:
@@ -123,7 +129,7 @@ def touched(model: nn.Module, linears: Mapping[str, nn.Linear], method: Method) 
     """Matrices that have trained parameters, by kind: how many, and their shape."""
     kinds: dict[str, dict[str, int]] = {}
     for name, linear in linears.items():
-        if trained_below(model, name):
+        if method.ranks().get(name) or trained_below(model, name):  # a bank's components lie elsewhere
             kind = surgery.kind_of(name, method.kinds)
             shape = {"count": 0, "out": linear.out_features, "in": linear.in_features}
             kinds.setdefault(kind, shape)["count"] += 1

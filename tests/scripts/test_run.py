@@ -75,7 +75,10 @@ ERRORS = {
     "no such folder": (["backbone=tiny", "task=rte", "task.data_dir=nowhere"], "nowhere: no such folder"),
     "no such matrix": ([*SMALL, "method.matrices=[quary]"], "quary; the backbone has: query, key"),
     "budget below the initial rank": ([*SMALL, "method.init_rank=3"], "target_rank 2 < init_rank 3"),
-    "last growth after the last step": ([*SMALL, "method.top_h=1"], "12 growths, steps 10 to 65, in 40 training steps"),
+    "last growth after the last step": (
+        [*SMALL, "method.top_h=1"],
+        "12 growths, at steps 10 to 65, but step 38 is the last",
+    ),
     "a GPU that is absent": ([*SMALL, "device=cuda:7"], "Use device=cpu or device=auto"),
     "wrong precision": ([*SMALL, "precision=fp7"], "precision must be one of"),
 }
@@ -186,7 +189,7 @@ def test_a_disk_that_is_full_ends_the_run_in_two_lines(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: cannot write"), done.stderr
-    assert done.stderr.count("\n") == 2 and "the same command continues" in done.stderr
+    assert done.stderr.count("\n") == 2 and "the same command then continues" in done.stderr
     assert not (tmp_path / "here" / "result.json").exists()
     again = run(*SMALL, "tracker=jsonl", "run_dir=here", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
