@@ -191,12 +191,12 @@ def test_a_numbered_layer_of_the_head_is_no_matrix():
 
 
 def test_models_that_fit_no_pattern_are_refused_with_what_to_say(llama):
-    with pytest.raises(UserError, match="Set head, to None if only the adapted matrices should train"):
+    with pytest.raises(UserError, match="Set `head`; use None if only the adapted matrices should train"):
         IncreLoRA(interval=4, init_warmup=4).prepare(llama, STEPS)
     flat = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(UserError, match=re.escape("no nn.Linear in numbered layers, it has: N. Say which")):
         IncreLoRA(head=None).prepare(flat, STEPS)
-    with pytest.raises(UserError, match="An expression must match the whole name"):
+    with pytest.raises(UserError, match="An expression in `kinds` must match the whole name"):
         decoder(kinds={"q": "q_proj"}).prepare(llama, STEPS)
     with pytest.raises(UserError, match="kinds must map names to regular expressions"):
         decoder(kinds=["q_proj"]).prepare(llama, STEPS)
@@ -205,7 +205,7 @@ def test_models_that_fit_no_pattern_are_refused_with_what_to_say(llama):
 def test_layers_on_which_an_update_would_not_act_are_refused(llama):
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     for kinds, owner in (({}, "MultiheadAttention"), ({"first": r".*\.linear1"}, "TransformerEncoderLayer")):
-        with pytest.raises(UserError, match=f"lies in torch's {owner}, which computes with its weight"):
+        with pytest.raises(UserError, match=f"lies in torch's {owner}, which reads its weight directly"):
             decoder(kinds=kinds).prepare(encoder, STEPS)
     llama.lm_head.weight = llama.model.embed_tokens.weight
     with pytest.raises(UserError, match=r"tied \(model.embed_tokens.weight, lm_head.weight\)"):
@@ -593,7 +593,7 @@ def test_adapters_that_cannot_be_written_leave_nothing(llama, bert, tmp_path):
     assert "bert.pooler.dense has an update, and PEFT would take it for a part of the head, " in message(*inside)
     llama.config.tie_word_embeddings = True
     tied = prepared(type(llama)(llama.config), head=r".*embed_tokens\..*")
-    assert "lm_head.weight is trained, or tied to what is" in message(*tied)
+    assert "lm_head.weight is trained, or tied to such a parameter" in message(*tied)
 
 
 def test_writing_an_adapter_needs_neither_hydra_nor_datasets():
