@@ -198,7 +198,7 @@ def test_models_that_fit_no_pattern_are_refused_with_what_to_say(llama):
         IncreLoRA(head=None).prepare(flat, STEPS)
     with pytest.raises(UserError, match="An expression in `kinds` must match the whole name"):
         decoder(kinds={"q": "q_proj"}).prepare(llama, STEPS)
-    with pytest.raises(UserError, match="kinds must map names to regular expressions"):
+    with pytest.raises(UserError, match="`kinds` must map names to regular expressions"):
         decoder(kinds=["q_proj"]).prepare(llama, STEPS)
 
 
