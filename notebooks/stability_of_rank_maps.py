@@ -36,7 +36,7 @@ from IPython.display import display
 from scipy import stats
 
 from increlora.analysis import figures, selection
-from increlora.analysis.looks import KINDS, LOOKS, TASKS
+from increlora.analysis.looks import LOOKS, SIX_KINDS, TASKS
 
 figures.use_style()
 METHODS = ("increlora", "adalora", "random_growth")
@@ -148,7 +148,7 @@ with (selection.RESULTS / "paper" / "allocation.csv").open(encoding="utf-8") as 
 published = {
     axis: {row["name"]: float(row["ranks_added"]) for row in known if row["axis"] == axis} for axis in ("kind", "layer")
 }
-kinds_known = np.array([published["kind"][kind] for kind in KINDS])
+kinds_known = np.array([published["kind"][kind] for kind in SIX_KINDS])
 sixths_known = np.array(list(published["layer"].values())).reshape(6, 2).sum(1)
 
 added = {}  # task -> seeds, ranks added (layers, kinds), mean over the seeds
@@ -183,7 +183,7 @@ for axes, title in zip(both, ("by kind of matrix", "by relative depth"), strict=
     axes.grid(axis="x", visible=False)
     for edge in range(5):
         axes.axvline(edge + 0.5, color="#DDDDDD", linewidth=0.6)
-both[0].set_xticks(range(6), KINDS.values())
+both[0].set_xticks(range(6), SIX_KINDS.values())
 both[1].set_xticks(range(6), ["first\nsixth", "2nd", "3rd", "4th", "5th", "last\nsixth"])
 both[0].set_ylabel("share of the ranks added (%)")
 both[0].set_ylim(bottom=-1)

@@ -55,10 +55,11 @@ TASKS = Labels({
     "mnli": "MNLI", "wnli": "WNLI",
 })  # fmt: skip
 BACKBONES = {"minilm": "MiniLM", "deberta_v3_base": "DeBERTaV3-base", "mpnet_base": "MPNet-base"}
-KINDS = {
+SIX_KINDS = {  # the paper's
     "query": "$W_q$", "key": "$W_k$", "value": "$W_v$", "attention_output": "$W_o$", "intermediate": "$W_{f1}$",
-    "output": "$W_{f2}$", "query_key_value": "$W_{qkv}$",
+    "output": "$W_{f2}$",
 }  # fmt: skip
+KINDS = {**SIX_KINDS, "query_key_value": "$W_{qkv}$"}
 METRICS = {
     "accuracy": "accuracy (%)",
     "matthews_correlation": "Matthews correlation (×100)",
