@@ -44,7 +44,7 @@ def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module) ->
     like = next((group for group in optimizer.param_groups if group.get("decay", True)), optimizer.param_groups[0])
     options = {key: value for key, value in like.items() if key not in ("params", "param_names")}
     for group in method.param_groups(model):
-        if group.get("born", 0) and not any(id(parameter) in held for _, parameter in group["params"]):
+        if not any(id(parameter) in held for _, parameter in group["params"]):
             optimizer.add_param_group({**options, **group})
 
 

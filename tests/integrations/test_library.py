@@ -364,9 +364,10 @@ def test_an_optimizer_of_another_model_or_order_is_refused(llama):
         growing(other, optimizer=torch.optim.AdamW(type(llama)(llama.config).parameters()))
 
 
-def test_an_optimizer_over_what_trains_at_the_start_is_completed(llama):
+@pytest.mark.parametrize("restart_warmup", [True, False])
+def test_an_optimizer_over_what_trains_at_the_start_is_completed(llama, restart_warmup):
     """Groups of one's own: what begins to train at a growth is in the optimizer from the start, and moves only then."""
-    method = decoder()
+    method = decoder(restart_warmup=restart_warmup)
     method.prepare(llama, STEPS)
     optimizer = torch.optim.AdamW([p for p in llama.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     other = copy.deepcopy((llama, method))
