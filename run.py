@@ -45,7 +45,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     """Build everything, train, write the result; returns it and where the records lie."""
     from increlora import distributed
     from increlora.errors import Interrupted
-    from increlora.glue import tracker  # torch: only when there is something to train
+    from increlora.glue import machine, tracker  # torch: only when there is something to train
     from increlora.glue.checkpoint import Checkpoints, exclusive
     from increlora.glue.loop import train as loop
 
@@ -59,7 +59,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     model = backbone.model(task.num_labels, task.head_dropout)
     with config.readable_errors(cfg.method):
         method.prepare(model, settings.total_steps(len(data.train)))
-    code, inputs = results.code_state(str(device)), identity.inputs(task, backbone, method)
+    code, inputs = machine.code_state(str(device)), identity.inputs(task, backbone, method)
     same = identity.of_checkpoint(resolved, inputs, distributed.processes())
     checkpoints = Checkpoints(run_dir, same, [f"{code['commit']}{'-dirty' * code['dirty']}"])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():

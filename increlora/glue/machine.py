@@ -1,15 +1,20 @@
-"""What a measurement ran on: processor, threads, version of torch, commit and command."""
+"""What a run or a measurement ran on: commit, versions, processor, threads, and the command."""
 
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from increlora.glue.results import code_state
+from increlora import distributed
+
+SOURCES = ("--", ":/run.py", ":/increlora", ":/baselines", ":/configs")  # where a new file may change what is computed
+PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 
 
 def describe(command: Sequence[str], device: str) -> dict[str, Any]:
@@ -22,11 +27,46 @@ def describe(command: Sequence[str], device: str) -> dict[str, Any]:
         "commit": code["commit"],
         "dirty": code["dirty"],
         "torch": torch.__version__,
-        "processor": processor(),
+        **{name: code[name] for name in ("processor", "threads", "gpu")},
         "cores": os.cpu_count(),
+    }
+
+
+def code_state(device: str) -> dict[str, Any]:
+    """Commit, whether the tree is dirty, versions of what computes, the machine and the number of processes."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no") or _git("status", "--porcelain", *SOURCES)),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": device,
+        "processes": distributed.processes(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *arguments],  # a full disk would leave the lock behind
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

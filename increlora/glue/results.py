@@ -1,11 +1,8 @@
 """One result file per run: build it, write it atomically, compare it with what is asked for, show it."""
 
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +18,6 @@ if TYPE_CHECKING:  # reading results must not import torch
     from increlora.glue.tasks import TaskData
 
 INPUTS = {"base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # where the name alone is not clear
-SOURCES = ("--", ":/run.py", ":/increlora", ":/baselines", ":/configs")  # where a new file may change what is computed
-PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 
 
 def build(
@@ -36,7 +31,7 @@ def build(
     """The content of a result file.
 
     Args:
-        code: `code_state` from before the training.
+        code: `machine.code_state` from before the training.
         inputs: digests of what was read, by name (`identity.inputs`).
 
     There are entries for `best` (on the primary evaluation split), for `last` and, with a held-out part of train, for
@@ -84,42 +79,6 @@ def _point(evaluation: "Evaluation") -> dict[str, Any]:
     point["total_rank"] = sum(point.pop("ranks").values())
     del point["parameters"]
     return point
-
-
-def code_state(device: str) -> dict[str, Any]:
-    """Commit, whether the tree is dirty, versions of what computes, the machine and the number of processes."""
-    from increlora import distributed
-
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no") or _git("status", "--porcelain", *SOURCES)),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": device,
-        "processes": distributed.processes(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", *arguments],  # a full disk would leave the lock behind
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def write(run_dir: Path, result: Mapping[str, Any]) -> Path:

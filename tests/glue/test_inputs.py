@@ -4,11 +4,11 @@ import json
 import signal
 
 import pytest
-from finished_runs import TRAINING, base_model, finished, run_script
+from finished_runs import TRAINING, base_model, finished
 
 from increlora import result_files
 from increlora.errors import Interrupted, UserError
-from increlora.glue import checkpoint, config, finished_run, results, sweep_plan
+from increlora.glue import checkpoint, config, finished_run, machine, results, sweep_plan
 from increlora.streams import stream
 
 SETTINGS = ["backbone=bert_base", "task=rte", "task.max_length=24", "method=lora", "budget=r2", "train.epochs=1"]
@@ -112,7 +112,7 @@ def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch
     def state(device):
         return {"commit": next(commits), "dirty": False}
 
-    monkeypatch.setattr(run_script.results, "code_state", state)
+    monkeypatch.setattr(machine, "code_state", state)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 2)
         finished(tmp_path / "run", *files)

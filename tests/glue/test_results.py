@@ -1,14 +1,16 @@
 """Result files: content, atomic writing, refusal of another configuration, the summary a person reads."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY_KINDS
 from hydra.utils import get_class
 
 from increlora import result_files
 from increlora.errors import UserError
-from increlora.glue import results
+from increlora.glue import machine, results
 from increlora.glue.evaluate import Evaluation
 from increlora.glue.loop import Outcome
 from increlora.glue.tasks import Split, TaskData
@@ -30,7 +32,7 @@ def made() -> dict:
     data = TaskData(split, {"dev": split, "holdout": split}, "folder", {"train": 9}, "abc", {"train": 0}, {})
     cost = {"steps": 30, "seconds": 3.0, "tokens": 100, "padded_tokens": 5}
     outcome = Outcome("finished", dict.fromkeys(NAMES, 1), curve, [{"step": 15, "added": {}, "scores": {}}], cost, 0)
-    return results.build(RUN, CONFIG, data, outcome, results.code_state("cpu"), {"data": "abc", "base": "b"})
+    return results.build(RUN, CONFIG, data, outcome, machine.code_state("cpu"), {"data": "abc", "base": "b"})
 
 
 def test_scores_ranks_and_parameters_come_from_one_checkpoint_each():
@@ -114,3 +116,9 @@ def test_the_classes_that_committed_results_name_are_found_where_they_are_now():
     }
     assert {"increlora.glue.tasks.Task", "increlora.glue.settings.Settings", "increlora.algorithm.IncreLoRA"} < found
     assert all(get_class(name) for name in found)
+
+
+def test_a_result_says_what_it_ran_on():
+    code = made()["code"]
+    assert code["threads"] == torch.get_num_threads() and code["gpu"] is None
+    assert code["processor"] in Path("/proc/cpuinfo").read_text()
