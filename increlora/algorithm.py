@@ -47,6 +47,8 @@ class IncreLoRA(Method):
         score_reduction: the sum over the elements of a matrix is divided by the square root of their number
             ("sqrt", the authors' code) or by their number ("mean", the paper).
         last_use_only, rank_epsilon: the authors' two defects, for replaying their code (configs/compat).
+        new_groups_at_peak: without restart warmup, new parameters keep the peak rate to the end, as in the authors'
+            code (configs/compat), instead of following the first schedule.
     """
 
     name: str = "increlora"
@@ -68,6 +70,7 @@ class IncreLoRA(Method):
     score_reduction: str = "sqrt"
     last_use_only: bool = False
     rank_epsilon: float = 0.0
+    new_groups_at_peak: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +135,10 @@ class IncreLoRA(Method):
         births |= {FIRST_RESERVES + 1 + i: step + 1 for i, step in enumerate(self.allocator.growth_steps())}
         for number, born in births.items() if self.allocator.needed else ():
             params = named(model, self.bank.groups[number].parameters())
-            groups.append({"params": params, "decay": True, "born": born if self.restart_warmup else 0})
+            constant = self.new_groups_at_peak and not self.restart_warmup
+            born = born if self.restart_warmup or constant else 0
+            group = {"params": params, "decay": True, "born": born}
+            groups.append(group | ({"constant": True} if constant else {}))
         return groups
 
     def later_parameters(self) -> list[nn.Parameter]:

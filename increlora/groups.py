@@ -2,9 +2,10 @@
 
 Every loop uses these: the loop of this repository, and any other loop through `Growth`. A group has, beside the
 optimizer's own options, `param_names`, `born` (the step from which its parameters train), `initial_lr` (the peak of its
-learning rate) and `decay` (whether weight decay applies).
+learning rate) and `decay` (whether weight decay applies); `constant` says that it keeps the peak rate.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,23 @@ def check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, warmup_steps: int) -> None:
     """Write the learning rate of this step (optimizer steps already taken) into every group."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier(step, group["born"], total_steps, warmup_steps)
+        constant = group.get("constant", False)
+        factor = 1.0 if constant else multiplier(step, group["born"], total_steps, warmup_steps)
+        group["lr"] = group["initial_lr"] * factor
+
+
+def set_epsilon_before_correction(optimizer: torch.optim.Optimizer, step: int, epsilon: float = 1e-8) -> None:
+    """Make this step of torch's AdamW that of transformers 4.4.2, which the authors used.
+
+    Theirs adds epsilon to the root of the second moment before its bias is corrected, torch's after:
+
+        theirs: sqrt(1 - beta2^t) / (sqrt(v) + epsilon)      torch: 1 / (sqrt(v / (1 - beta2^t)) + epsilon)
+
+    They are the same with torch's epsilon at epsilon / sqrt(1 - beta2^t), t steps after the group began.
+    """
+    for group in optimizer.param_groups:
+        steps = max(1, step - group["born"] + 1)
+        group["eps"] = epsilon / math.sqrt(1 - group["betas"][1] ** steps)
 
 
 def rebuild(optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]) -> None:

@@ -55,7 +55,7 @@ def build(trace: dict, tensors: dict[str, Tensor]) -> tuple[DebertaV2ForSequence
     model = DebertaV2ForSequenceClassification(DebertaV2Config(**trace["backbone_config"])).double()
     start = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     model.load_state_dict(start)
-    compat = yaml.safe_load((CONFIGS / "compat" / "authors.yaml").read_text())
+    compat = yaml.safe_load((CONFIGS / "compat" / "authors.yaml").read_text())["method"]
     method = IncreLoRA(
         kinds={"all": "|".join(name.replace(".", r"\.") for name in trace["modules"])},
         target_rank=given["target_rank"],

@@ -213,6 +213,8 @@ class Training:
         """One batch: train, count, evaluate, log, save."""
         progress, method, settings = self.progress, self.method, self.settings
         groups.set_learning_rates(self.optimizer, progress.step, self.total_steps, settings.warmup_steps)
+        if settings.adamw == "authors":
+            groups.set_epsilon_before_correction(self.optimizer, progress.step)
         self.model.train()
         mine = self._parts(indices)[distributed.rank()]
         micro_batches = [to_device(collate(self.data.train, part, self.pad_id), self.device) for part in mine]

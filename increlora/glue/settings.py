@@ -20,6 +20,7 @@ class Settings:
 
     Args:
         learning_rate: peak of the schedule; it warms up over `warmup_steps`, then falls linearly to 0.
+        adamw: torch, or authors: epsilon is added before the bias of the second moment is corrected (configs/compat).
         weight_decay: of AdamW; not on biases and normalisation weights.
         batch_size: examples per optimizer step.
         eval_batch_size: examples at a time in evaluation; no score depends on it.
@@ -38,6 +39,7 @@ class Settings:
     """
 
     learning_rate: float = 1e-3
+    adamw: str = "torch"
     weight_decay: float = 0.0
     batch_size: int = 32
     eval_batch_size: int = 64
@@ -58,6 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.precision not in AUTOCAST:
             raise UserError(f"precision must be one of {', '.join(AUTOCAST)}, it is '{self.precision}'")
+        if self.adamw not in ("torch", "authors"):
+            raise UserError(f"`adamw` must be torch or authors, it is '{self.adamw}'")
         check_numbers(self)
         positive = ("epochs", "batch_size", "eval_batch_size", "accumulation", "eval_interval", "log_interval")
         for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped", "learning_rate", "max_steps"):

@@ -1,13 +1,14 @@
 """IncreLoRA as a whole on a tiny DeBERTa: growth, reserve, groups, budget, state, merge."""
 
 import copy
+import math
 from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT, TINY_KINDS, tiny_batches
 
-from increlora import result_files
+from increlora import groups, result_files
 from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.glue.loop import make_optimizer, take_step
@@ -98,6 +99,28 @@ def test_without_restart_warmup_new_groups_follow_the_first_schedule(tiny_debert
     optimizer = run(tiny_deberta, increlora(restart_warmup=False))
     assert {group["born"] for group in optimizer.param_groups} == {0}
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_new_groups_keep_the_peak_rate_as_in_the_authors_code(tiny_deberta):
+    optimizer = run(tiny_deberta, increlora(restart_warmup=False, new_groups_at_peak=True))
+    first, later = optimizer.param_groups[:2], optimizer.param_groups[2:]
+    assert all(group["lr"] < group["initial_lr"] for group in first)
+    assert len(later) == 4 and all(group["lr"] == group["initial_lr"] for group in later)
+
+
+def test_the_authors_adamw_adds_epsilon_before_the_bias_correction():
+    parameter, gradients, rate = torch.nn.Parameter(torch.tensor([0.5], dtype=torch.float64)), (3e-8, -1e-8, 2e-8), 0.1
+    optimizer = torch.optim.AdamW([parameter], lr=rate, weight_decay=0.0)
+    optimizer.param_groups[0]["born"] = 4
+    value, first, second = 0.5, 0.0, 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        groups.set_epsilon_before_correction(optimizer, step=3 + t)
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected_rate = rate * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)  # as transformers 4.4.2 writes it
+        value -= corrected_rate * first / (math.sqrt(second) + 1e-8)
+        assert parameter.item() == pytest.approx(value, rel=1e-12)
 
 
 def reserves(method: IncreLoRA) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
