@@ -5,10 +5,11 @@
     python scripts/benchmark.py --launch                          # what it costs to launch the operations of a step
     python scripts/benchmark.py --device cuda --precision bf16 --shapes 32x32 32x128 --json gpu.json
 
-A step is a whole step of run.py's loop. Weights are random (a step costs the same), nothing is downloaded. Each round
-times one step per method and phase (an arm), so that other work on the machine affects all alike; a ratio is the
-median over rounds of (arm / LoRA) within a round. Peak memory is measured in a process of its own per arm; that of
-whole runs by scripts/benchmark_memory.py.
+A step is a whole step of run.py's loop. In half precision that loop holds frozen weights in half precision, LoRA's
+too; `lora, weights cast` is LoRA as PEFT alone runs it, where autocast casts them at every use. Weights are random (a
+step costs the same), nothing is downloaded. Each round times one step per method and phase (an arm), so that other work
+on the machine affects all alike; a ratio is the median over rounds of (arm / LoRA) within a round. Peak memory is
+measured in a process of its own per arm; that of whole runs by scripts/benchmark_memory.py.
 
 `--launch` keeps the encoder's layers and makes them so narrow (hidden size 48) and the batch so small (1 x 4 tokens)
 that a step takes its time to launch operations, as on a GPU with short sentences; on a CPU it takes CPU time. It also
@@ -54,8 +55,10 @@ from increlora.glue.settings import AUTOCAST, Settings
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Silent
 from increlora.method import Method
+from increlora.surgery import hold_frozen_layers_in
 
 METHODS = ("lora", "adalora", "houlsby", "pfeiffer", "bitfit", "full", "increlora", "authors")
+CAST = "lora, weights cast"
 STEPS = 100_000  # of a run, in which these are
 INTERVAL, FIRST_GROWTH = 1000, 2000
 IDLE, SCORING, DUE = 60_010, 60_990, 61_000  # no score is taken, one is, matrices grow
@@ -79,19 +82,22 @@ class Case:
     Args:
         step: number of the step; it is taken again and again.
         rank: average rank to which IncreLoRA has grown before.
+        cast: frozen weights stay in fp32, and autocast casts them at every use.
     """
 
     method: Method
     step: int = IDLE
     rank: int = 1
+    cast: bool = False
 
 
-def cases(backbone: Backbone, rank: int, launch: bool) -> dict[str, Case]:
+def cases(backbone: Backbone, rank: int, launch: bool, precision: str) -> dict[str, Case]:
     """Arm -> what it measures."""
     given = dict(kinds=backbone.kinds, head=backbone.head)
     pruning = dict(init_warmup=INTERVAL, interval=INTERVAL, final_steps=INTERVAL)  # not in the step measured
     others = {
         "lora": Case(LoRA(**given, rank=rank)),
+        **({} if precision == "fp32" else {CAST: Case(LoRA(**given, rank=rank), cast=True)}),
         "adalora": Case(AdaLoRA(**given, target_rank=rank, **pruning), SCORING),
         # bottlenecks that train as many parameters as LoRA of this rank: configs/budget
         "houlsby": Case(Adapters(**given, matrices=["attention_output", "output"], bottleneck=4 * rank)),
@@ -122,7 +128,7 @@ def cases(backbone: Backbone, rank: int, launch: bool) -> dict[str, Case]:
 
 def chosen(options: argparse.Namespace) -> list[str]:
     """The arms of the methods asked for."""
-    names = cases(backbone_of(options), options.rank, options.launch)
+    names = cases(backbone_of(options), options.rank, options.launch, options.precision)
     return [name for name in names if re.match(r"\w+", name)[0] in options.methods]
 
 
@@ -130,6 +136,11 @@ def chosen(options: argparse.Namespace) -> list[str]:
 def _backbone(name: str, launch: bool) -> Backbone:
     small = [f"backbone.architecture.{key}={value}" for key, value in SMALL.items()] if launch else []
     return config.build(config.load([f"backbone={name}", "backbone.weights=random", *small]).backbone)
+
+
+@functools.cache
+def _model(name: str, launch: bool) -> nn.Module:
+    return _backbone(name, launch).model(2)
 
 
 def backbone_of(options: argparse.Namespace) -> Backbone:
@@ -158,7 +169,7 @@ class Arm:
 def make_arm(name: str, options: argparse.Namespace, batch: int, lengths: list[int]) -> Arm:
     """A model with random weights, the method in its phase, examples of the given lengths."""
     backbone = backbone_of(options)
-    case = cases(backbone, options.rank, options.launch)[name]
+    case = cases(backbone, options.rank, options.launch, options.precision)[name]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(5, 1000, (length,), generator=generator).tolist() for length in lengths]
     split = Split("train", rows, None, [i % 2 for i in range(len(rows))])
@@ -168,11 +179,13 @@ def make_arm(name: str, options: argparse.Namespace, batch: int, lengths: list[i
         eval_interval=10**9, log_interval=10**9, checkpoint_interval=10**9, precision=options.precision,
         device=options.device, progress=False,
     )  # fmt: skip
-    model = backbone.model(2)
+    model = copy.deepcopy(_model(options.backbone, options.launch))
     case.method.prepare(model, STEPS)
     tracker = Silent()
     tracker.start()
     run = Training(model, case.method, TASK, data, settings, tracker, 0, None)
+    if case.cast:
+        hold_frozen_layers_in(run.model, torch.float32)
     if isinstance(case.method, IncreLoRA):
         grow_to(case.rank, case.method)
     narrow = options.launch and run.device.type == "cpu"
@@ -281,10 +294,14 @@ def ratio(seconds: Mapping[str, list[float]], a: str, b: str) -> float:
 def ratios(seconds: Mapping[str, list[float]], growth: list[float]) -> dict[str, float]:
     """Every ratio that has a bar, and those of the other arms; a recipe's cost follows from its steps'."""
     found = {name: ratio(seconds, name, "lora") for name in seconds if name not in ("lora", "bare lora")}
+    if CAST in seconds:
+        found |= {f"{name} / {CAST}": ratio(seconds, name, CAST) for name in seconds if name.startswith("increlora")}
     found["our loop / bare loop"] = ratio(seconds, "lora", "bare lora")
     if growth:
         phases = [found[f"increlora, {phase}"] for phase in ("scoring", "not scoring", "after growth")]
         found |= {f"recipe {name}": over_recipe(name, *phases) for name in RECIPES}
+        if CAST in seconds:
+            found |= {f"recipe {name} / {CAST}": found[f"recipe {name}"] / found[CAST] for name in RECIPES}
         step = statistics.median(seconds["increlora, not scoring"])
         found["growth event / step"] = statistics.median(growth) / step
     return found

@@ -50,6 +50,9 @@ def bars_of_steps(options: Mapping[str, Any], shape: str) -> dict[str, float]:
             found["increlora, scoring"] = scoring
         if options["precision"] == "bf16":
             found |= RECIPES
+        # of two LoRAs: in the same loop, and as PEFT alone runs it
+        ours = {name: bar for name, bar in found.items() if name.startswith(("increlora", "recipe"))}
+        found |= {f"{name} / lora, weights cast": bar for name, bar in ours.items()}
     return found
 
 
