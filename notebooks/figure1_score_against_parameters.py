@@ -125,10 +125,10 @@ display(pd.DataFrame(rows).set_index(["task", "method"]))
 #
 # ## Published numbers
 #
-# DeBERTaV3-base, from `results/paper/published.csv`. Full points: as reported, means of five seeds (AdaLoRA's Table
-# 1; IncreLoRA's cells at second hand). Open points: a re-run of the authors' IncreLoRA code, one seed. IncreLoRA's
-# own cells are known for two tasks; the others could not be verified and are left out. A line joins the budgets of a
-# method.
+# DeBERTaV3-base, from `results/paper/published.csv` (`README.md` beside it says how far each number can be trusted).
+# Full points: as reported, means of five seeds (AdaLoRA's Table 1; IncreLoRA's Table 1 as transcribed by others, its
+# STS-B is Pearson alone). Open points: a re-run of the authors' IncreLoRA code, one seed. A line joins the budgets of
+# a method.
 
 # %%
 NAMES = {
