@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from increlora import result_files
-from increlora.analysis import selection
+from increlora.analysis import base_size, selection
 from increlora.analysis.benchmark_table import benchmark_table
 from increlora.analysis.glue_table import glue
 from increlora.analysis.looks import TASKS, position
@@ -26,7 +26,9 @@ from increlora.glue import config
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "results" / "tables"
-PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "docs" / "cost.md")  # tables stand between markers
+# tables stand between markers here
+PAGES = [ROOT / page for page in ("README.md", "results/README.md", "docs/cost.md", "docs/claims.md")]
+ALLOCATION = ROOT / "results" / "paper" / "allocation.csv"
 PUBLISHED = ROOT / "results" / "paper" / "published.csv"
 
 
@@ -53,6 +55,9 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
         }
         found |= study("minilm_study", {task: methods for task, methods in tasks.items() if methods})
         found["minilm_study_learning_rates"] = learning_rates("minilm_study", trials)
+    of_base_size = selection.of_experiment(runs, base_size.EXPERIMENT)
+    if of_base_size:
+        found |= base_size.built(of_base_size, base_size.published_allocation(ALLOCATION))
     return found
 
 

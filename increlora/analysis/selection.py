@@ -71,13 +71,19 @@ def is_published(run: Run, experiment: str | None = None) -> bool:
     return all(o.startswith("precision=") or o == f"experiment={experiment}" for o in run["run"]["overrides"])
 
 
-def panels(methods: Sequence[str], needed: Collection[str] = (), budget: str = "r2") -> dict[str, Runs]:
+def panels(
+    methods: Sequence[str],
+    needed: Collection[str] = (),
+    budget: str = "r2",
+    experiments: Sequence[str] = EXPERIMENTS,
+) -> dict[str, Runs]:
     """Task -> method -> seed -> run: what to show of these methods, one experiment per task.
 
     Args:
         methods: what to show.
         needed: only experiments that have all these methods are used; default: any of `methods` is enough.
         budget: of these runs only.
+        experiments: where to look, the first that has a task is shown.
 
     Raises:
         UserError: there is nothing to show.
@@ -85,7 +91,7 @@ def panels(methods: Sequence[str], needed: Collection[str] = (), budget: str = "
     runs = [run for run in load(methods) if run["run"]["budget"] == budget]
     shown = {}
     tasks = sorted({run["run"]["task"] for run in runs}, key=lambda task: position(task, TASKS))
-    for task, name in ((task, name) for task in tasks for name in EXPERIMENTS):
+    for task, name in ((task, name) for task in tasks for name in experiments):
         found = by_method(run for run in runs if run["run"]["task"] == task and experiment(run) == name)
         if found and task not in shown and set(needed) <= set(found):
             shown[task] = found

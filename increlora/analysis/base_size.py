@@ -1,0 +1,177 @@
+"""The tables of study B (results/studies/study_b.md): scores at base size, ranks against the published allocation."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from increlora import matrices
+from increlora.analysis import comparison, selection
+from increlora.analysis.looks import LOOKS, TASKS
+from increlora.analysis.selection import PROTOCOLS, Run, Runs
+from increlora.analysis.tables import Table, spread
+
+EXPERIMENT = "study_b"
+SPLIT = "dev+holdout"  # of the primary number
+SEEDS = (41, 42, 43, 44, 45)
+TUNING_SEED = 40
+DECIDING = ("cola", "stsb")  # tasks that decide whether IncreLoRA is better than another method
+LEVEL = 1 - 0.05 / 4  # four arms
+MAP_TASK = "rte"  # the published allocation is of this task
+
+Published = Mapping[str, Mapping[str, float]]  # axis -> kind or layer -> ranks added
+
+
+def complete(runs: Sequence[Run]) -> dict[str, Runs]:
+    """Task -> method -> seed -> run, of the arms that have every seed of the study."""
+    found: dict[str, Runs] = {}
+    for task in TASKS:
+        arms = selection.by_method(r for r in runs if r["run"]["task"] == task and r["run"]["seed"] in SEEDS)
+        if whole := {method: seeds for method, seeds in arms.items() if set(seeds) == set(SEEDS)}:
+            found[task] = whole
+    return found
+
+
+def primary(runs: Mapping[int, Run]) -> dict[int, float]:
+    """Seed -> the study's primary number: the last step's score on dev and held-out examples together, times 100."""
+    return {seed: 100 * run["scores"]["last"]["metrics"][SPLIT]["score"] for seed, run in runs.items()}
+
+
+def scores(tasks: Mapping[str, Runs]) -> Table:
+    """Every arm of every task: the primary number, the usual three, and the chosen rate."""
+    rows = []
+    for task, arms in tasks.items():
+        for method, runs in arms.items():
+            usual = [spread(selection.scores(runs, protocol).values()) for protocol in PROTOCOLS]
+            rates = {run["config"]["train"]["learning_rate"] for run in runs.values()}
+            diverged = sum(run["status"] == "diverged" for run in runs.values())
+            rows.append([
+                TASKS[task], LOOKS[method].label, spread(primary(runs).values()), *usual, str(diverged),
+                ", ".join(f"{rate:g}" for rate in sorted(rates)),
+            ])  # fmt: skip
+    caption = (
+        "Study B, MPNet-base at r2: mean ± SD over seeds (number of seeds), per cent. dev+holdout is the primary "
+        "number: the last step on dev and held-out examples together. last, best and clean are on dev alone."
+    )
+    return Table(caption, ["task", "method", SPLIT, *PROTOCOLS, "diverged", "learning rate"], rows)
+
+
+def differences(tasks: Mapping[str, Runs]) -> Table:
+    """IncreLoRA minus every arm in the primary number, and the verdict of the protocol."""
+    rows = []
+    for task, arms in tasks.items():
+        for method in arms:
+            if method != "increlora" and "increlora" in arms:
+                values, interval = _difference(arms, method)
+                decided = verdict(tasks, method) if task in DECIDING else "described"
+                cells = [f"{np.mean(values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]", str(len(values))]
+                rows.append([TASKS[task], LOOKS[method].label, *cells, decided])
+    caption = (
+        f"Study B: paired differences in points on {SPLIT}, positive where IncreLoRA is better, with {LEVEL:.2%} t "
+        "intervals (four arms). A verdict needs the same side of 0 on CoLA and on STS-B."
+    )
+    return Table(caption, ["task", "IncreLoRA minus", "difference [interval]", "seeds", "verdict"], rows)
+
+
+def verdict(tasks: Mapping[str, Runs], method: str) -> str:
+    """Whether IncreLoRA is better than an arm: supported, contradicted or undecided, by the protocol."""
+    if any(method not in tasks.get(task, {}) or "increlora" not in tasks[task] for task in DECIDING):
+        return "undecided"
+    intervals = [_difference(tasks[task], method)[1] for task in DECIDING]
+    if all(interval.low > 0 for interval in intervals):
+        return "supported"
+    return "contradicted" if all(interval.high < 0 for interval in intervals) else "undecided"
+
+
+def _difference(arms: Runs, method: str) -> tuple[list[float], comparison.Interval]:
+    given = {name: primary(arms[name]) for name in ("increlora", method)}
+    values = list(comparison.paired_differences(given, "increlora", method).values())
+    return values, comparison.interval(values, method="t", level=LEVEL)
+
+
+def correlations(runs: Mapping[int, Run], published: Published) -> dict[str, NDArray]:
+    """Axis (kind, layer) -> Spearman's correlation of the ranks added with the published ones, for every seed."""
+    found: dict[str, list[float]] = {"kind": [], "layer": []}
+    for run in runs.values():
+        added = {name: rank - run["ranks"]["start"][name] for name, rank in run["ranks"]["last"].items()}
+        layers, kinds, cells = matrices.rank_map(added, run["config"]["method"]["kinds"])
+        names = {"kind": kinds, "layer": [str(layer) for layer in layers]}
+        for axis, total in (("kind", np.sum(cells, 0)), ("layer", np.sum(cells, 1))):
+            known = [published[axis][name] for name in names[axis]]
+            found[axis].append(float(stats.spearmanr(total, known).statistic))
+    return {axis: np.array(values) for axis, values in found.items()}
+
+
+def allocation(tasks: Mapping[str, Runs], published: Published) -> Table:
+    """How well the ranks added follow the published allocation, by method and task; decided on the published task."""
+    rows = []
+    for task, arms in tasks.items():
+        for method in ("increlora", "adalora", "random_growth"):
+            for axis, values in correlations(arms.get(method, {}), published).items():
+                if len(values):
+                    interval = comparison.interval(values, method="t")
+                    decides = task == MAP_TASK and method == "increlora"
+                    rows.append([
+                        TASKS[task], LOOKS[method].label, f"{axis}s", f"{np.mean(values):+.2f}",
+                        f"[{interval.low:+.2f}, {interval.high:+.2f}]", str(len(values)),
+                        _side(interval) if decides else "described",
+                    ])  # fmt: skip
+    caption = (
+        "Study B: Spearman's correlation of the ranks added with the published ones (DeBERTaV3-base on RTE), over the "
+        "6 kinds of matrices or the 12 layers; mean over seeds with its 95 % t interval. AdaLoRA's ranks added are "
+        "those that it has more than at its start, so fewer where it pruned."
+    )
+    return Table(caption, ["task", "method", "over", "correlation", "95 % interval", "seeds", "verdict"], rows)
+
+
+def _side(interval: comparison.Interval) -> str:
+    if interval.low > 0:
+        return "supported"
+    return "contradicted" if interval.high < 0 else "undecided"
+
+
+def published_allocation(path: Path) -> Published:
+    """The ranks added that were published, from results/paper/allocation.csv."""
+    found: dict[str, dict[str, float]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["axis"], {})[row["name"]] = float(row["ranks_added"])
+    return found
+
+
+def built(runs: Sequence[Run], published: Published) -> dict[str, Table]:
+    """Name -> table, of the study's runs."""
+    tasks = complete(runs)
+    return {
+        EXPERIMENT: scores(tasks),
+        f"{EXPERIMENT}_differences": differences(tasks),
+        f"{EXPERIMENT}_allocation": allocation(tasks, published),
+        f"{EXPERIMENT}_learning_rates": learning_rates(runs),
+    }
+
+
+def learning_rates(runs: Sequence[Run]) -> Table:
+    """The last step's score on the held-out tenth by learning rate; the chosen one in bold, a cut arm is left out."""
+    cells: dict[tuple[str, str], dict[float, float]] = {}
+    for run in runs:
+        if run["run"]["seed"] == TUNING_SEED:
+            rate = run["config"]["train"]["learning_rate"]
+            score = run["curve"][-1]["scores"]["holdout"]["score"] if run["status"] == "finished" else float("-inf")
+            cells.setdefault((run["run"]["task"], run["run"]["method"]), {})[rate] = 100 * score
+    rows = []
+    for task, arms in complete(runs).items():
+        for method in arms:
+            by_rate = sorted(cells[task, method].items())
+            best = max(by_rate, key=lambda item: item[1])
+            texts = [(rate, f"**{score:.2f}**" if (rate, score) == best else f"{score:.2f}") for rate, score in by_rate]
+            shown = [f"{rate:g}: {text}" for rate, text in texts]
+            edge = "yes" if best in (by_rate[0], by_rate[-1]) else ""
+            rows.append([TASKS[task], LOOKS[method].label, *shown, *[""] * (3 - len(shown)), edge])
+    caption = (
+        f"Study B: learning rate: score of the last step on the held-out tenth of train, seed {TUNING_SEED} (per "
+        "cent); the best is used for all other seeds. Edge: the best rate is the lowest or the highest of its grid."
+    )
+    return Table(caption, ["task", "method", "trial", "trial", "trial", "edge"], rows)
