@@ -271,6 +271,19 @@ class IncreLoRA(Method):
     def metrics(self) -> dict[str, float]:
         return super().metrics() | {"train/orthogonal_penalty": self.orthogonal_penalty().item()}
 
+    @torch.no_grad()
+    def orthogonal_penalties(self) -> dict[str, float]:
+        """The unweighted penalty over all components, over the active ones alone, and over the reserves alone."""
+        parts: dict[str, list[Tensor]] = {"active": [], "reserve": []}
+        for name, matrix in self.bank.matrices.items():
+            rows = [self.bank.rows(name, index) for index in range(len(matrix.components))]
+            for part, of_part in (("active", rows[: matrix.active]), ("reserve", rows[matrix.active :])):
+                for factor in zip(*of_part, strict=True):
+                    R = torch.cat(factor)
+                    parts[part].append(torch.norm(R @ R.t() - torch.eye(len(R), device=R.device)))
+        apart = {part: torch.stack(found).mean().item() for part, found in parts.items() if found}
+        return {"all": self.orthogonal_penalty().item(), **apart}
+
     def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
         counts = super().parameters_by_kind(model)
         update = reserve = 0

@@ -127,6 +127,10 @@ class Method:
         """Current importance score of every adapted matrix; empty where there is none."""
         return {}
 
+    def orthogonal_penalties(self) -> dict[str, float]:
+        """What keeps components apart, by part of them; empty where the method has no such penalty."""
+        return {}
+
     def metrics(self) -> dict[str, float]:
         """The method's values that the tracker logs, by W&B key."""
         ranks = self.ranks()

@@ -23,6 +23,8 @@ class Evaluation:
     parameters: dict[str, int]
     seconds: float
     orthogonal_penalty: float | None = None  # unweighted; None where the method has none
+    orthogonal_penalty_active: float | None = None  # of the active components alone
+    orthogonal_penalty_reserve: float | None = None  # of the reserves alone; None where there are none
 
 
 def best(curve: list[Evaluation], split: str) -> Evaluation | None:

@@ -282,9 +282,9 @@ class Training:
         scores = evaluate(self.model, self.task, self.data, self.settings, self.pad_id)
         epoch = progress.position * self.settings.batch_size / len(self.lengths)
         parameters = method.parameters_by_kind(self.model)
-        penalty = method.metrics().get("train/orthogonal_penalty")
+        penalties = [method.orthogonal_penalties().get(part) for part in ("all", "active", "reserve")]
         progress.curve.append(
-            Evaluation(progress.step, epoch, scores, method.ranks(), parameters, self._seconds(), penalty)
+            Evaluation(progress.step, epoch, scores, method.ranks(), parameters, self._seconds(), *penalties)
         )
         if self.checkpoints and distributed.is_main() and best(progress.curve, self.primary) is progress.curve[-1]:
             self.checkpoints.keep("best", checkpoint.model_state(self.model, method))

@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_KINDS, tiny_batches
@@ -374,3 +375,27 @@ def test_a_window_and_all_steps_decided_the_same_in_real_runs():
     for auto, every in zip(*(by_window[window]["allocations"] for window in ("auto", "all")), strict=True):
         assert auto["scores"] != every["scores"]  # the difference is there, and too small to decide
         assert list(auto["scores"].values()) == pytest.approx(list(every["scores"].values()), rel=0.01)
+
+
+def test_the_penalty_of_active_components_and_of_reserves_apart_by_hand(tiny_deberta):
+    method, seen = increlora(), []
+
+    def by_hand(first, last) -> float:
+        norms = []
+        for name, matrix in method.bank.matrices.items():
+            for factor in (0, 1):  # A, then B transposed
+                rows = [method.bank.rows(name, i)[factor].detach().numpy() for i in range(len(matrix.components))]
+                chosen = np.concatenate(rows[first(matrix) : last(matrix)])
+                norms.append(np.sqrt(((chosen @ chosen.T - np.eye(len(chosen))) ** 2).sum()))
+        return float(np.mean(norms))
+
+    def watch(step, optimizer):
+        if step == 12:  # after the first growth
+            active = by_hand(lambda matrix: 0, lambda matrix: matrix.active)
+            reserve = by_hand(lambda matrix: matrix.active, lambda matrix: None)
+            seen.append((method.orthogonal_penalties(), active, reserve, method.orthogonal_penalty().item()))
+
+    run(tiny_deberta, method, watch=watch)
+    ((found, active, reserve, every),) = seen
+    assert found == pytest.approx({"all": every, "active": active, "reserve": reserve}, rel=1e-5)
+    assert len({round(value, 4) for value in found.values()}) == 3
