@@ -12,17 +12,11 @@
 # # Figure 4: score against average rank
 #
 # IncreLoRA and LoRA over budgets. The paper shows RTE and STS-B on DeBERTaV3-base at average ranks 2 to 24;
-# `configs/sweep/figure4_budgets.yaml` is that figure and takes a GPU.
+# `configs/sweep/figure4_budgets.yaml` is that figure and takes a GPU. Study C (`results/studies/study_c.md`) has it at
+# MiniLM's size on STS-B, with a learning rate chosen for every method and budget. One faint point per seed, the mean as
+# a full point, its 95 % interval as a line.
 #
-# What is here comes from short runs (`configs/sweep/figure4_short.yaml`): MiniLM on SST-2, 150 steps of 16 examples,
-# one learning rate for both methods and all budgets, not tuned. They show what the code does at every budget and do
-# not replace the paper's 25 epochs: for half of these few steps IncreLoRA is still growing, with fewer ranks than its
-# budget and a rescaling of every matrix that grows, so the end of so short a run says little about the end of a long
-# one. The task was chosen after tries on CoLA (500 steps of 32) and STS-B (100 steps of 16), in which LoRA had
-# learned nothing yet at this learning rate. One faint point per seed, the mean as a full point, its 95 % interval as
-# a line.
-#
-# The runs: `python scripts/sweep.py figure4_short task.data_dir=GLUE`, or `figure4_budgets` for the paper's, then
+# The runs: `python scripts/sweep.py study_c task.data_dir=GLUE`, or `figure4_budgets` for the paper's, then
 # `python scripts/collect.py runs` and `make notebooks`. Runs of both show as panels of their own.
 
 # %%
@@ -38,6 +32,7 @@ from increlora.analysis.tables import interval_text
 
 figures.use_style()
 METHODS = ("increlora", "lora")
+FULL = ("method.orth_weight=0.3", "method.advance_learning=true", "method.restart_warmup=true")
 
 
 def of_the_paper(run):
@@ -46,13 +41,28 @@ def of_the_paper(run):
     return growth and run["run"]["backbone"] == "deberta_v3_base" and selection.experiment(run) is None
 
 
+PARTS = (
+    "task.train_fraction",
+    "train.eval_interval",
+    "method.orth_weight",
+    "method.advance_learning",
+    "method.restart",
+)
+
+
+def of_study_c(run):
+    """Whether a run is of study C's first part: the overrides of no other part, and no seed that chose rates."""
+    of_others = any(override.startswith(PARTS) and override.lower() not in FULL for override in run["run"]["overrides"])
+    return selection.experiment(run) == "study_c" and run["run"]["seed"] >= 47 and not of_others
+
+
 def average_rank(run):
     """Mean rank of a matrix at the end."""
     return sum(run["ranks"]["last"].values()) / len(run["ranks"]["last"])
 
 
 grouped = {}  # (backbone, task) -> average rank -> runs
-for run in [*selection.short_runs("figure 4"), *filter(of_the_paper, selection.load(METHODS))]:
+for run in (run for run in selection.load(METHODS) if of_the_paper(run) or of_study_c(run)):
     place = grouped.setdefault((run["run"]["backbone"], run["run"]["task"]), {})
     place.setdefault(average_rank(run), []).append(run)
 panels = {
@@ -60,7 +70,7 @@ panels = {
     for place, budgets in grouped.items()
 }
 if not panels:
-    print("No runs yet: python scripts/sweep.py figure4_short task.data_dir=GLUE; python scripts/collect.py runs")
+    print("No runs yet: python scripts/sweep.py study_c task.data_dir=GLUE; python scripts/collect.py runs")
 for (backbone, task), budgets in panels.items():
     for method in METHODS:
         counts = [f"{average:g} (n = {len(found.get(method, ()))})" for average, found in budgets.items()]

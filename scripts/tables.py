@@ -18,6 +18,7 @@ from pathlib import Path
 from increlora import result_files
 from increlora.analysis import base_size, selection
 from increlora.analysis.benchmark_table import benchmark_table
+from increlora.analysis.claims import Evidence, claims
 from increlora.analysis.glue_table import glue
 from increlora.analysis.looks import TASKS, position
 from increlora.analysis.study_tables import ablation, learning_rates, study
@@ -55,9 +56,10 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
         }
         found |= study("minilm_study", {task: methods for task, methods in tasks.items() if methods})
         found["minilm_study_learning_rates"] = learning_rates("minilm_study", trials)
+    allocation = base_size.published_allocation(ALLOCATION)
     of_base_size = selection.of_experiment(runs, base_size.EXPERIMENT)
     if of_base_size:
-        found |= base_size.built(of_base_size, base_size.published_allocation(ALLOCATION))
+        found |= base_size.built(of_base_size, allocation)
     return found
 
 
@@ -76,6 +78,8 @@ def tables() -> dict[Path, str]:
     for name, table in built(runs).items():
         content[name] = table.markdown()
         files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
+    evidence = Evidence(runs, base_size.published_allocation(ALLOCATION))
+    content["claims"] = claims(evidence).markdown()  # its links lead from docs/
     for name, text in content.items():
         pages = {path: insert(page, name, text.rstrip()) for path, page in pages.items()}
     return files | pages

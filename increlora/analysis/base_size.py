@@ -117,7 +117,7 @@ def allocation(tasks: Mapping[str, Runs], published: Published) -> Table:
                     rows.append([
                         TASKS[task], LOOKS[method].label, f"{axis}s", f"{np.mean(values):+.2f}",
                         f"[{interval.low:+.2f}, {interval.high:+.2f}]", str(len(values)),
-                        _side(interval) if decides else "described",
+                        map_verdict(arms[method], published, axis) if decides else "described",
                     ])  # fmt: skip
     caption = (
         "Study B: Spearman's correlation of the ranks added with the published ones (DeBERTaV3-base on RTE), over the "
@@ -127,7 +127,9 @@ def allocation(tasks: Mapping[str, Runs], published: Published) -> Table:
     return Table(caption, ["task", "method", "over", "correlation", "95 % interval", "seeds", "verdict"], rows)
 
 
-def _side(interval: comparison.Interval) -> str:
+def map_verdict(runs: Mapping[int, Run], published: Published, axis: str) -> str:
+    """Whether the ranks added follow the published ones over an axis (kind, layer), by the protocol."""
+    interval = comparison.interval(correlations(runs, published)[axis], method="t")
     if interval.low > 0:
         return "supported"
     return "contradicted" if interval.high < 0 else "undecided"

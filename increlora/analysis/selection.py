@@ -100,11 +100,6 @@ def panels(
     return shown
 
 
-def short_runs(purpose: str) -> list[Run]:
-    """The runs whose `settings_from` begins with what they are for, e.g. `figure 4` (configs/sweep/figure4.yaml)."""
-    return [run for run in load() if run["run"]["settings_from"].startswith(f"{purpose} ")]
-
-
 def seeds_of(runs: Runs) -> str:
     """How many seeds, in words for a title: `n = 6 seeds`, or `n = 1 to 6 seeds`."""
     counts = sorted({len(seeds) for seeds in runs.values()})

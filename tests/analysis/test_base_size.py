@@ -17,7 +17,13 @@ def run(method: str, seed: int, score: float, task: str = "cola", added=(0, 0, 0
     metrics = {"dev+holdout": {"score": score}, "holdout": {"score": score}}
     return {
         "status": "finished",
-        "run": {"method": method, "seed": seed, "task": task, "overrides": ["experiment=study_b"]},
+        "run": {
+            "method": method,
+            "seed": seed,
+            "task": task,
+            "backbone": "mpnet_base",
+            "overrides": ["experiment=study_b"],
+        },
         "config": {"train": {"learning_rate": rate}, "method": {"kinds": KINDS}},
         "scores": {name: {"score": score, "metrics": metrics} for name in ("last", "best", "clean")},
         "curve": [{"scores": metrics}],

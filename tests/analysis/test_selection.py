@@ -79,13 +79,6 @@ def test_methods_and_tasks_that_are_not_listed_come_last_under_their_own_names(c
     assert selection.source_of({"answers": shown["answers"]}) == "minilm, minilm_study: answers (n = 1 seed)"
 
 
-def test_short_runs_are_told_by_what_they_are_for(committed):
-    meant, other = a_run(experiment=None), a_run(experiment=None)
-    meant["run"]["settings_from"], other["run"]["settings_from"] = "figure 4 in 9 steps", "figure 44 in 9 steps"
-    committed(meant, other)
-    assert [run["run"]["settings_from"] for run in selection.short_runs("figure 4")] == ["figure 4 in 9 steps"]
-
-
 def test_counts_of_seeds_in_words():
     runs = {"lora": dict.fromkeys([1, 2, 3], a_run()), "full": {1: a_run()}}
     assert selection.seeds_of(runs) == "n = 1 to 3 seeds"

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 COMMANDS = {
     "describe.py": ["method=lora", "backbone=tiny", "task=synthetic_entailment"],
-    "sweep.py": ["figure5_short", "--dry-run"],
+    "sweep.py": ["seeds", "--dry-run"],
 }
 TALKATIVE = """
 import sys

@@ -1,0 +1,220 @@
+"""The paper's claims, one by one, with a verdict that the result files decide (arXiv 2308.12043).
+
+A verdict is supported, contradicted, undecided or not run here. What counts as which was written down before the runs
+(results/studies).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from increlora.analysis import base_size, selection
+from increlora.analysis.selection import Run, Runs
+from increlora.analysis.tables import Table
+
+VERDICTS = ("supported", "contradicted", "undecided", "not run here")
+STUDY_A = "[study A](../results/studies/study_a.md)"
+STUDY_B = "[study B](../results/README.md#study-b-a-base-size-encoder)"
+STUDY_C = "[study C](../results/studies/study_c.md)"
+AT_BASE = "MPNet-base (109M), CoLA and STS-B, five seeds"
+SWEEP_B = "python scripts/sweep.py study_b task.data_dir=GLUE"
+SWEEP_C = "python scripts/sweep.py study_c task.data_dir=GLUE"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row: where in the paper, what it says, what would count, who decides, where the evidence lies, the command."""
+
+    where: str
+    says: str
+    counts: str
+    verdict: Callable[["Evidence"], str]
+    evidence: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The committed runs, and study B's by task, method and seed."""
+
+    runs: Sequence[Run]
+    published: base_size.Published
+
+    @property
+    def base_size(self) -> dict[str, Runs]:
+        return base_size.complete(selection.of_experiment(self.runs, base_size.EXPERIMENT))
+
+    def runs_of(self, experiment: str) -> list[Run]:
+        return selection.of_experiment(self.runs, experiment)
+
+
+def of_paper_size(evidence: Evidence) -> str:
+    """Whether there are runs with the published settings at the paper's size."""
+    ours = [r for r in evidence.runs if r["run"]["backbone"] == "deberta_v3_base" and selection.is_published(r)]
+    return "undecided" if ours else "not run here"
+
+
+def better_than(method: str) -> Callable[[Evidence], str]:
+    """Whether IncreLoRA is better than a method by study B's rule."""
+
+    def decide(evidence: Evidence) -> str:
+        return base_size.verdict(evidence.base_size, method) if evidence.base_size else "not run here"
+
+    return decide
+
+
+def passes_the_cap(evidence: Evidence) -> str:
+    """Whether every run of IncreLoRA has a matrix above the rank at which AdaLoRA's matrices start."""
+    arms = [(t["increlora"], t["adalora"]) for t in evidence.base_size.values() if {"increlora", "adalora"} <= set(t)]
+    if not arms:
+        return "not run here"
+    above = []
+    for grown, pruned in arms:
+        cap = max(rank for run in pruned.values() for rank in run["ranks"]["start"].values())
+        above += [max(run["ranks"]["last"].values()) > cap for run in grown.values()]
+    return "supported" if all(above) else "undecided" if any(above) else "contradicted"
+
+
+def follows_the_published_map(axis: str) -> Callable[[Evidence], str]:
+    """Whether ranks go to the published kinds of matrices, or layers, by study B's rule."""
+
+    def decide(evidence: Evidence) -> str:
+        runs = evidence.base_size.get(base_size.MAP_TASK, {}).get("increlora")
+        return base_size.map_verdict(runs, evidence.published, axis) if runs else "not run here"
+
+    return decide
+
+
+def described(experiment: str, part: str = "") -> Callable[[Evidence], str]:
+    """Undecided where there are runs that no rule decides (yet), else not run here."""
+
+    def decide(evidence: Evidence) -> str:
+        found = [r for r in evidence.runs_of(experiment) if part in " ".join(r["run"]["overrides"])]
+        return "undecided" if found else "not run here"
+
+    return decide
+
+
+CLAIMS = (
+    Claim(
+        "Table 1",
+        "averages 89.5 (0.3M) and 89.6 (1.3M) on GLUE with DeBERTaV3-base, above all baselines",
+        "six seeds of every cell with the published recipes",
+        of_paper_size,
+        "[published numbers](../results/tables/glue_deberta_v3_base.md); DeBERTaV3-base was not trained here",
+        "python scripts/sweep.py table1",
+    ),
+    Claim(
+        "Table 1, Figure 1",
+        "better than LoRA at equal budget",
+        "98.75 % intervals on the same side of 0 on CoLA and STS-B",
+        better_than("lora"),
+        f"{STUDY_B}: {AT_BASE}",
+        SWEEP_B,
+    ),
+    Claim(
+        "Table 1, Figure 1",
+        "better than AdaLoRA at equal budget",
+        "the same",
+        better_than("adalora"),
+        f"{STUDY_B}: {AT_BASE}",
+        SWEEP_B,
+    ),
+    Claim(
+        "the method",
+        "choosing matrices by score is worth something: better than growth at random",
+        "the same",
+        better_than("random_growth"),
+        f"{STUDY_B}: {AT_BASE}; {STUDY_A} (MiniLM) has more power and is not finished",
+        SWEEP_B,
+    ),
+    Claim(
+        "the method",
+        "better than equal ranks for all matrices, from the start",
+        "the same",
+        better_than("uniform"),
+        f"{STUDY_B}: {AT_BASE}; {STUDY_A} (MiniLM) is not finished",
+        SWEEP_B,
+    ),
+    Claim(
+        "Figure 2",
+        "ranks of single matrices grow beyond the cap that pruning starts from",
+        "every run has such a matrix",
+        passes_the_cap,
+        "[figure 2](../notebooks/figure2_rank_of_one_matrix.ipynb); MPNet-base: highest rank against AdaLoRA's start",
+        SWEEP_B,
+    ),
+    Claim(
+        "Figure 3",
+        "not known here: the paper itself was not at hand, and no source describes the figure",
+        "",
+        lambda _: "not run here",
+        "",
+        "",
+    ),
+    Claim(
+        "Figure 4",
+        "better than LoRA at every average rank, and more so at small ones",
+        "paired tests over six seeds at five budgets",
+        described("study_c", "budget=r16"),
+        f"{STUDY_C}, its first part",
+        SWEEP_C,
+    ),
+    Claim(
+        "Figure 5",
+        "advance learning keeps the orthogonal penalty low",
+        "description only: the penalty of active components and of reserves apart",
+        described("study_c", "train.eval_interval=20"),
+        "[figure 5](../notebooks/figure5_advance_learning.ipynb): MiniLM, STS-B, three seeds",
+        SWEEP_C,
+    ),
+    Claim(
+        "Figure 6",
+        "ranks go to certain kinds of matrices",
+        "Spearman's correlation with the published ranks by kind, 95 % interval above 0",
+        follows_the_published_map("kind"),
+        f"{STUDY_B}: MPNet-base, RTE, five seeds; [figure 6](../notebooks/figure6_rank_map.ipynb)",
+        SWEEP_B,
+    ),
+    Claim(
+        "Figure 6",
+        "ranks go to certain layers",
+        "the same by layer",
+        follows_the_published_map("layer"),
+        f"{STUDY_B}: MPNet-base, RTE, five seeds",
+        SWEEP_B,
+    ),
+    Claim(
+        "Table 2",
+        "orthogonality, advance learning and restart warmup each help",
+        "main effects in a 2 x 2 x 2 factorial, eight seeds",
+        described("study_c", "method.orth_weight=0.0"),
+        f"{STUDY_C}, its second part",
+        SWEEP_C,
+    ),
+    Claim(
+        "Table 3",
+        "the final rank map is worth something by itself; growing is worth more",
+        "paired tests of retrained and shuffled maps, six seeds",
+        described("study_c", "method.pattern"),
+        f"{STUDY_C}, its third part",
+        SWEEP_C,
+    ),
+    Claim(
+        "text",
+        "the advantage is larger in low resource settings",
+        "paired tests at 2, 10 and 50 % of the data and at r1 to r16, six seeds",
+        described("study_c", "task.train_fraction"),
+        f"{STUDY_C}, its fourth part",
+        SWEEP_C,
+    ),
+)
+
+
+def claims(evidence: Evidence) -> Table:
+    """Every claim with its verdict."""
+    rows = [
+        [c.where, c.says, c.counts, f"**{c.verdict(evidence)}**", c.evidence, c.command and f"`{c.command}`"]
+        for c in CLAIMS
+    ]
+    columns = ["in the paper", "it says", "what counts", "verdict", "evidence, and at what size", "command"]
+    return Table("Verdicts follow from the result files.", columns, rows)

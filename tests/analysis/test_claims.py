@@ -1,0 +1,33 @@
+"""The claims page: every row has a verdict, and the runs decide it."""
+
+from test_base_size import OURS, PUBLISHED, arm
+
+from increlora.analysis.claims import CLAIMS, VERDICTS, Evidence, claims
+
+
+def verdicts(*runs) -> list[str]:
+    return [claim.verdict(Evidence(runs, PUBLISHED)) for claim in CLAIMS]
+
+
+def test_without_runs_nothing_is_claimed():
+    assert set(verdicts()) == {"not run here"}
+
+
+def test_the_runs_decide():
+    gaps = (0.010, 0.012, 0.011, 0.009, 0.013)
+    runs = [
+        *arm("increlora", OURS, added=(4, 0, 0, 0, 0, 0)),
+        *arm("increlora", OURS, "stsb", added=(4, 0, 0, 0, 0, 0)),
+    ]
+    for task in ("cola", "stsb"):
+        runs += [*arm("lora", OURS - gaps, task), *arm("adalora", OURS + gaps, task)]
+    runs += arm("increlora", OURS, "rte", added=(1, 1, 2, 0, 1, 1))  # kinds as published, layers the other way round
+    found = verdicts(*runs)
+    assert set(found) <= set(VERDICTS)
+    table = {(row[0], row[1]): row[3] for row in claims(Evidence(runs, PUBLISHED)).rows}
+    assert table["Table 1, Figure 1", "better than LoRA at equal budget"] == "**supported**"
+    assert table["Table 1, Figure 1", "better than AdaLoRA at equal budget"] == "**contradicted**"
+    assert table["Figure 2", "ranks of single matrices grow beyond the cap that pruning starts from"] == "**supported**"
+    assert table["Figure 6", "ranks go to certain kinds of matrices"] == "**supported**"
+    assert table["Figure 6", "ranks go to certain layers"] == "**contradicted**"
+    assert found.count("not run here") == 7 and found.count("undecided") == 2  # no run of the two controls
