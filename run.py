@@ -27,7 +27,13 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 @hydra.main(config_path="configs", config_name="config", version_base="1.3")
 @config.guarded
 def main(cfg: DictConfig) -> float | None:
-    """One run; returns the best primary score (for sweepers)."""
+    """One run; returns the best primary score (for sweepers), None if a job of a multirun cannot be done."""
+    with config.of_a_multirun(HydraConfig.get()):
+        return one(cfg)
+
+
+def one(cfg: DictConfig) -> float | None:
+    """Find the run's result, or train; returns the best primary score."""
     cfg = config.recorded(cfg, HydraConfig.get())
     run = config.identity(cfg, HydraConfig.get().overrides.task)
     run_dir, resolved = config.run_directory(cfg, run), config.resolved(cfg)
@@ -94,3 +100,4 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
 if __name__ == "__main__":
     sys.argv[1:] = config.spelled(sys.argv[1:])
     main()
+    sys.exit(config.failed_jobs())

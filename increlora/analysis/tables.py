@@ -78,7 +78,7 @@ def _run_row(result: Mapping[str, Any]) -> str:
         *(f"{parameters[kind]:,}" for kind in ("update", "reserve", "head")),
         str(sum(result["ranks"]["last"].values()) or ""),
         f"{cost['seconds']:.0f}",
-        f"{cost['peak_memory_mb']:.0f} MB",
+        f"{cost['peak_memory_mb']:.0f} MB" if cost["peak_memory_mb"] else "",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -3,6 +3,7 @@
 In the library only `finished_run` uses this module; otherwise `run.py` and the scripts do.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -12,17 +13,19 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from increlora.errors import UserError
+from increlora.errors import Interrupted, UserError
 from increlora.glue.identity import CLASS, KEYS, NEUTRAL, counts
 from increlora.glue.identity import inputs as inputs_of
 
@@ -279,6 +282,31 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
     return call
+
+
+FAILED: list[str] = []  # the jobs of this multirun that could not be done
+
+
+@contextlib.contextmanager
+def of_a_multirun(hydra: HydraConf) -> Iterator[None]:
+    """In a multirun, a user's error ends its own job: it is printed, and the next job begins."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except UserError as error:
+        if hydra.mode != RunMode.MULTIRUN:
+            raise
+        FAILED.append(f"{hydra.job.num} ({' '.join(hydra.overrides.task)})")
+        print(f"error in job {FAILED[-1]}: {error}", file=sys.stderr)
+
+
+def failed_jobs() -> int:
+    """Say which jobs of a multirun could not be done; returns the exit code."""
+    if FAILED:
+        print(f"error: {len(FAILED)} jobs of this multirun were not done: {', '.join(FAILED)}", file=sys.stderr)
+        return UserError.exit_code
+    return 0
 
 
 def _reader_has_left() -> bool:

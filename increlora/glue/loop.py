@@ -161,6 +161,8 @@ def train(
 class Training:
     """One run: its parts and its progress; the arguments are those of `train`."""
 
+    begun = False  # whether there was a run in this process
+
     def __init__(
         self,
         model: nn.Module,
@@ -178,6 +180,11 @@ class Training:
         self.total_steps = settings.total_steps(len(data.train))
         self.lengths = data.train.lengths
         self.primary = next(iter(data.evaluation))
+        # main memory has only a peak of the whole process, which after another run in it may be the other one's
+        self.measures_memory = self.device.type == "cuda" or not Training.begun
+        Training.begun = True
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(derive_seed(settings.seed, "dropout", distributed.rank()))
         self.start_ranks = method.ranks()
         model.to(self.device)
@@ -312,7 +319,7 @@ class Training:
             "seconds": self._seconds(),
             "steps": progress.step,
             "steps_per_second": progress.step / max(self._seconds(), 1e-9),
-            "peak_memory_mb": peak_memory_mb(self.device),
+            "peak_memory_mb": peak_memory_mb(self.device) if self.measures_memory else None,
             "tokens": progress.tokens,
             "padded_tokens": progress.padded_tokens,
         }
@@ -358,7 +365,7 @@ class Training:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory that this process has held so far, in MB: of the GPU, or resident in main memory."""
+    """The most memory that this process has held so far, in MB: of the GPU since a run began, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")

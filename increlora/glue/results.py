@@ -141,8 +141,11 @@ def summary(result: Mapping[str, Any]) -> str:
     names = [str(run[key]) for key in ("task", "method", "budget", "backbone")]
     lines = [f"{' / '.join(names)} / seed {run['seed']}: {result['status']}"]
     for name, score in scores.items():
-        metrics = {m: v for split in score["metrics"].values() for m, v in split.items() if m not in ("score", "loss")}
-        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        shown = "; ".join(
+            ("" if number == 0 else f"{split}: ")  # the first split is that of the score
+            + ", ".join(f"{m} {value:.4f}" for m, value in metrics.items() if m not in ("score", "loss"))
+            for number, (split, metrics) in enumerate(score["metrics"].items())
+        )
         lines.append(f"  {name:5s} score {score['score']:.4f} at step {score['step']} ({shown})")
     if result["parameters"].get("last"):
         lines.append("  parameters: " + ", ".join(f"{k} {v:,}" for k, v in result["parameters"]["last"].items()))

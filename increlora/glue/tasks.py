@@ -7,10 +7,10 @@ with a header line unless `columns` gives positions.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,13 @@ SCORE_METRICS = ("pearson", "spearmanr")
 
 @dataclass
 class Examples:
-    """One split before tokenisation: the texts of each example (one or two), and its class id or score."""
+    """One split before tokenisation: the texts of each example (one or two), and its class id or score.
+
+    While data are read, labels are `Word`s: what a word means is decided by all of them.
+    """
 
     texts: list[tuple[str, ...]]
-    labels: list[int] | list[float]
+    labels: list[Any]
     skipped: int = 0
 
     def select(self, indices: Sequence[int]) -> "Examples":
@@ -42,6 +45,13 @@ class Examples:
     def joined(self, other: "Examples") -> "Examples":
         """These examples, then the others."""
         return Examples([*self.texts, *other.texts], [*self.labels, *other.labels], self.skipped + other.skipped)
+
+
+class Word(NamedTuple):
+    """A label as the data have it, and where."""
+
+    text: str
+    where: str
 
 
 @dataclass
@@ -221,10 +231,19 @@ class Task:
 
     def read(self) -> tuple[str, dict[str, Examples]]:
         """The source, and its splits as they are: `train`, then those of `dev`."""
-        names = ["train", *self.dev]
-        if self._is_local():
-            return str(self.data_dir), {name: self._read_tsv(name) for name in names}
-        return f"{GLUE}@{GLUE_REVISION}", {name: self._read_hub(name) for name in names}
+        local = self._is_local()
+        read = self._read_tsv if local else self._read_hub
+        words = {name: read(name) for name in ("train", *self.dev)}
+        if self.labels is None:
+            label_of = self._score
+        else:
+            ids = self._class_ids(word for split in words.values() for word in split.labels)
+            label_of = lambda word: ids[word.text]  # noqa: E731
+        splits = {
+            name: Examples(split.texts, [label_of(word) for word in split.labels], split.skipped)
+            for name, split in words.items()
+        }
+        return str(self.data_dir) if local else f"{GLUE}@{GLUE_REVISION}", splits
 
     def read_test(self, split: str = "test", file: str | None = None) -> list[tuple[str, ...]]:
         """The texts of a split without labels, every row of it; local files of this kind all have a header.
@@ -269,7 +288,7 @@ class Task:
         columns = [self.columns.get(name, name) for name in (*self.fields, "label")]
         table = read_tsv(path, columns, self.lenient)
         texts = [tuple(self.text(text, f"{path}, line {line}") for text in row[:-1]) for line, row in table.rows]
-        labels = [self._label(row[-1], f"{path}, line {line}") for line, row in table.rows]
+        labels = [Word(row[-1].strip(), f"{path}, line {line}") for line, row in table.rows]
         return Examples(texts, labels, table.skipped)
 
     def _read_hub(self, split: str) -> Examples:
@@ -278,8 +297,7 @@ class Task:
         )
         texts = list(zip(*(table[name] for name in self.fields), strict=True))
         labels = [
-            self._label(str(label), f"{GLUE} {self.subset} {split}, row {row}")
-            for row, label in enumerate(table["label"])
+            Word(str(label), f"{GLUE} {self.subset} {split}, row {row}") for row, label in enumerate(table["label"])
         ]
         return Examples(texts, labels)
 
@@ -297,28 +315,42 @@ class Task:
             raise UserError(f"{where}: an empty text; correct the row, or keep such rows with ++task.lenient=true")
         return text
 
-    def _label(self, word: str, where: str) -> int | float:
-        return self._score(word, where) if self.labels is None else self._class_id(word, where)
-
-    def _class_id(self, word: str, where: str) -> int:
-        """The id of a class given by name or by id."""
-        known = {str(i): i for i in range(self.num_labels)} | {name: i for i, name in enumerate(self.labels or ())}
-        if word.strip() not in known:
+    def _class_ids(self, words: Iterable[Word]) -> dict[str, int]:
+        """The id of every label: classes are given by name in all the data, or by id in all of it (1 or 1.0)."""
+        names = {name: number for number, name in enumerate(self.labels or ())}
+        ids = {text: number for number in range(self.num_labels) for text in (str(number), f"{number}.0")}
+        first: dict[str, Word] = {}
+        for word in words:
+            first.setdefault(word.text, word)
+        neither = [word for text, word in first.items() if text not in names and text not in ids]
+        if neither:
             raise UserError(
-                f"{where}: unknown label {word!r}; task {self.name} knows {', '.join(self.labels or ())}"
+                f"{neither[0].where}: unknown label {neither[0].text!r}; task {self.name} knows {', '.join(names)}"
                 f" or 0 to {self.num_labels - 1}"
             )
-        return known[word.strip()]
+        no_name, no_id = (next((w for text, w in first.items() if text not in known), None) for known in (names, ids))
+        if no_name and no_id:
+            raise UserError(
+                f"{no_name.where}: the label {no_name.text!r} is an id, but {no_id.text!r} ({no_id.where}) is a name; "
+                "write all labels by name, or all as ids"
+            )
+        if no_name is no_id is None and any(names[text] != ids[text] for text in first):
+            raise UserError(
+                f"task {self.name}: the labels {', '.join(sorted(first))} can be names of classes or ids, which "
+                "differ; call the classes otherwise in `labels`, e.g. class_1, and write that or ids into the data"
+            )
+        known = names if no_name is None else ids
+        return {text: known[text] for text in first}
 
-    def _score(self, word: str, where: str) -> float:
+    def _score(self, word: Word) -> float:
         low, high = self.score_range or (-math.inf, math.inf)
         try:
-            score = float(word)
+            score = float(word.text)
         except ValueError:
-            raise UserError(f"{where}: the score {word!r} is not a number") from None
+            raise UserError(f"{word.where}: the score {word.text!r} is not a number") from None
         if not math.isfinite(score) or not low <= score <= high:
             allowed = "finite" if self.score_range is None else f"from {low:g} to {high:g}"
-            raise UserError(f"{where}: the score {word} is not allowed; scores must be {allowed}")
+            raise UserError(f"{word.where}: the score {word.text} is not allowed; scores must be {allowed}")
         return score
 
     def _choose(self, splits: Mapping[str, Examples]) -> dict[str, Examples]:

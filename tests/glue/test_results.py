@@ -104,6 +104,7 @@ def test_a_broken_result_file_is_named(tmp_path):
 def test_the_summary_shows_scores_ranks_before_and_after_and_padding():
     text = results.summary(made())
     assert "best  score 0.8000 at step 20" in text and "clean score 0.6000 at step 10" in text
+    assert "at step 20 (accuracy 0.8000" in text and "; holdout: accuracy" in text  # each split under its name
     assert "1 -> 3" in text and "total rank 2 -> 4" in text and "padding 5.0%" in text
 
 

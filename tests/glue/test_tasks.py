@@ -1,5 +1,6 @@
 """Every task's YAML against a small file in its public layout, every error of data, and the synthetic task."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields as dataclass_fields
@@ -227,9 +228,31 @@ def test_files_of_other_systems(tmp_path):
 
 
 def test_labels_as_words_or_ids(tmp_path):
-    train = PAIR_HEADER + row("0", "a", "b", "not_entailment") + row("1", "a", "b", "1") + row("2", "a", "b", "0")
-    task = task_of("rte", data_dir=write(tmp_path, rte_files(train=train)))
-    assert task.read()[1]["train"].labels == [1, 1, 0]
+    names, ids = ["1", "2", "3"], ["0", "1", "2"]
+    cases = {  # classes, labels in train (dev has the first) -> ids, or what the message says
+        "names": (["no", "yes"], ["yes", "no"], [1, 0]),
+        "ids": (["no", "yes"], ["1", "0"], [1, 0]),
+        "ids as pandas writes them beside missing ones": (["no", "yes"], ["1.0", "0.0"], [1, 0]),
+        "names that are numbers": (names, ["3", "1"], [2, 0]),
+        "ids of classes whose names are numbers": (names, ids, [0, 1, 2]),
+        "names that are their ids": (ids, ["2", "0"], [2, 0]),
+        "both in one column": (["no", "yes"], ["yes", "0"], "line 3: the label '0' is an id, but 'yes' ("),
+        "names or ids": (names, ["1", "2"], "the labels 1, 2 can be names of classes or ids, which differ"),
+        "neither": (["no", "yes"], ["yes", "2"], "line 3: unknown label '2'"),
+        "a float": (["no", "yes"], ["0", "0.5"], "line 3: unknown label '0.5'"),
+    }
+    for number, (case, (classes, labels, expected)) in enumerate(cases.items()):
+        lines = [row("text", "label"), *(row(f"text {i}", label) for i, label in enumerate(labels))]
+        (tmp_path / str(number)).mkdir()
+        folder = write(tmp_path / str(number), {"train.tsv": "".join(lines), "dev.tsv": "".join(lines[:2])})
+        task = Task(name="own", fields=["text"], labels=classes, metrics=["accuracy"], primary="accuracy",
+                    max_length=16, data_dir=folder)  # fmt: skip
+        with naming(case):
+            if isinstance(expected, list):
+                assert task.read()[1]["train"].labels == expected
+            else:
+                with pytest.raises(UserError, match=re.escape(expected)):
+                    task.read()
 
 
 def test_someone_elses_task_is_one_yaml_and_two_files(tmp_path, words):

@@ -134,7 +134,8 @@ def test_every_value_is_there(pages):
             measured = dict(row for row in page.table("what", "how much"))
             assert measured["steps"] == f"{cost['steps']:,}" and measured["tokens"] == f"{cost['tokens']:,}"
             assert measured["padding"].startswith(f"{100 * cost['padded_tokens'] / cost['tokens']:.1f}%")
-            assert measured["peak memory"] == f"{cost['peak_memory_mb']:,.0f} MB"
+            peak = cost["peak_memory_mb"]  # not known after another run in this process
+            assert measured["peak memory"] == (f"{peak:,.0f} MB" if peak else "not known")
             assert dict(row for row in page.table("what", "which"))["torch"] == result["code"]["versions"]["torch"]
             for value in (result["code"]["commit"], result["data"]["fingerprint"], result["data"]["source"]):
                 assert value in text

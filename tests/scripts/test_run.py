@@ -200,3 +200,15 @@ def test_multirun_works_for_small_sweeps(tmp_path):
     assert done.returncode == 0, done.stderr
     seeds = [json.loads(p.read_text())["run"]["seed"] for p in sorted(tmp_path.rglob("result.json"))]
     assert seeds == [1, 2] and [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_job_of_a_multirun_that_cannot_be_done_stops_no_other(tmp_path):
+    data = ("task=synthetic_entailment", "task.dev_size=16", "task.train_size=64", "train.batch_size=8")
+    given = ("backbone=tiny", *data, "train.max_steps=3", "tracker=jsonl", "train.progress=false")
+    done = run("-m", *given, "method=increlora,lora,bitfit", cwd=tmp_path)
+    assert done.returncode == 2 and "error in job 0" in done.stderr and "does not fit" in done.stderr
+    assert "1 jobs of this multirun were not done: 0 (" in done.stderr.splitlines()[-1]
+    results = [json.loads(p.read_text()) for p in tmp_path.rglob("result.json")]
+    peaks = {result["run"]["method"]: result["cost"]["peak_memory_mb"] for result in results}
+    assert set(peaks) == {"lora", "bitfit"} and peaks["lora"] > 0
+    assert peaks["bitfit"] is None  # the peak of this process may be LoRA's
