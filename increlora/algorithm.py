@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from increlora import surgery
 from increlora.allocator import Allocator
 from increlora.bank import Bank
+from increlora.base_weights import checksums
 from increlora.components import Component, GroupSize
 from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
@@ -451,6 +452,7 @@ class IncreLoRA(Method):
             surgery.replace(model, name, linear.merged())
         self.bank.detach(model)
         self.merged = True
+        self.weights_merged = checksums({f"{name}.weight": linear.base.weight for name, linear in self.linears.items()})
 
 
 def _group_size(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], lambdas: int) -> GroupSize:

@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class Bank(nn.Module):
         self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
         self._last: tuple[Any, dict[int, Tensor]] = (None, {})
         self.depth = 0  # of calls under way of modules that hold all matrices
+        self.saves_unmerged = False  # whether `save_pretrained` of the model may write a checkpoint
         self.passed = False  # whether a forward pass with gradients has begun since this was last set to False
         self.changed()
 
@@ -112,7 +113,8 @@ class Bank(nn.Module):
         self.hooks.append(model.register_state_dict_post_hook(partial(_mark, self)))
         self.hooks.append(model.register_load_state_dict_pre_hook(self._unmark))
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained = self.refuse_saving  # type: ignore[assignment]
+            self.__dict__["home"] = model  # not a module of the bank
+            model.save_pretrained = self.save_pretrained  # type: ignore[assignment]
 
     def detach(self, model: nn.Module) -> None:
         """Leave the model, whose layers are plain again; no hook and no module remains."""
@@ -122,16 +124,19 @@ class Bank(nn.Module):
         if hasattr(model, NAME):
             delattr(model, NAME)
 
-    def refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
-        """In place of the model's `save_pretrained`, whose files would be read as a model with random layers.
+    def save_pretrained(self, *arguments: Any, **keywords: Any) -> Any:
+        """In place of the model's, whose files would be read as a model with random layers.
 
         Raises:
-            UserError: always.
+            UserError: unless a loop keeps checkpoints of the unmerged model (`saves_unmerged`).
         """
-        raise UserError(
-            "the update is not merged, and from_pretrained would give a model with random layers: call growth.merge() "
-            "(or method.merge(model)) before, or save_peft_adapter instead"
-        )
+        if not self.saves_unmerged:
+            raise UserError(
+                "the update is not merged, and from_pretrained would give a model with random layers: call "
+                "growth.merge() (or method.merge(model)) before saving, or save_peft_adapter instead"
+            )
+        home = self.__dict__["home"]
+        return type(home).save_pretrained(home, *arguments, **keywords)
 
     def check_dtype(self) -> None:
         """Refuse components that were cast to half precision after the start.

@@ -68,6 +68,7 @@ class Method:
     seed: int = 0
     allocations: list[Allocation] = field(default_factory=list, init=False, repr=False)
     weights_before: dict[str, Checksum] = field(default_factory=dict, init=False, repr=False, compare=False)
+    weights_merged: dict[str, Checksum] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -194,6 +195,7 @@ class Method:
 
         The model's own weights are noted here, so that what leaves the library later can be compared with them.
         """
+        surgery.refuse_what_holds_more_than_the_model(model)
         if not isinstance(self.kinds, Mapping):
             raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)

@@ -21,10 +21,8 @@ def find_matrices(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, nn.Li
 
     Raises:
         UserError: a kind matches no linear layer (the message lists what there is), or a layer that cannot be adapted:
-            its weight is read directly by other code, is tied, quantized, sharded or computed from other parameters, or
-            the model is wrapped, or has been prepared already.
+            its weight is read directly by other code, is tied, quantized, or computed from other parameters.
     """
-    refuse_what_holds_more_than_the_model(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for kind, pattern in kinds.items():
         if not any(re.fullmatch(pattern, name) for name in linears):

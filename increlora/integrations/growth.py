@@ -214,6 +214,12 @@ class Growth:
         self.penalty.forget()
         self.phase = MERGED
 
+    def keeps_checkpoints(self, keeps: bool) -> None:
+        """Let the model's `save_pretrained` write the unmerged model, for a loop that resumes from such a folder."""
+        bank = getattr(self.method, "bank", None)
+        if bank is not None:
+            bank.saves_unmerged = keeps
+
     def _optimizer_steps(self, *_: Any) -> None:
         """Before every step of the optimizer: it is its turn."""
         if self.phase == READY:
@@ -420,7 +426,10 @@ class Penalty:
             return
         self.arrivals += 1
         if self.arrivals == 1:
-            self.cleared = parameter.grad is not expected or expected._version != self.version
+            # gradients that share memory share their version, and another parameter may have had its gradient before
+            alone = expected.untyped_storage().nbytes() == expected.nbytes
+            written = alone and expected._version != self.version
+            self.cleared = parameter.grad is not expected or written
         else:  # DistributedDataParallel may have put another tensor in its place
             self.cleared |= parameter.grad is None
 
