@@ -24,7 +24,7 @@ def checksums(named: dict[str, Tensor]) -> dict[str, Checksum]:
     by_device: dict[torch.device, list[str]] = {}
     for name, total in sums.items():
         by_device.setdefault(total.device, []).append(name)
-    values = {}
+    values: dict[str, int] = {}
     for names in by_device.values():
         values |= dict(zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True))
     return {name: (tuple(tensor.shape), str(tensor.dtype), values[name]) for name, tensor in named.items()}

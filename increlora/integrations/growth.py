@@ -385,53 +385,48 @@ class Growth:
         if state_dict["state"]:  # accelerate prepares a fresh optimizer by loading its own empty state
             self.loaded.add("optimizer")
         groups.rebuild(optimizer, self.model, [group.get("param_names", [""]) for group in state_dict["param_groups"]])
+        own = {id(parameter) for group in self.method.param_groups(self.model) for _, parameter in group["params"]}
+        for number, parameter in enumerate(self._parameters()):
+            if number in state_dict["state"] and id(parameter) not in own:  # the user added it to that run's optimizer
+                parameter.requires_grad_(True)
         self.rates, self.left, self.held = None, [], 0
 
 
 class Penalty:
-    """Watches one parameter of the penalty, so that its gradient is not cleared before the optimizer's step.
+    """Watches the parameters of the penalty, so that its gradient is not cleared before the optimizer's step.
 
-    All of it is done on the host: the hook only looks at which tensor the gradient is.
+    All of it is done on the host: the hooks look at which tensor a gradient is, and how often it was written.
     """
 
     def __init__(self) -> None:
-        self.parameter: nn.Parameter | None = None
-        self.hook: Any = None
-        self.gradient: Tensor | None = None  # of the penalty alone
-        self.version = 0
-        self.parts = 0  # parameters that have a gradient of the penalty
-        self.arrivals = 0  # of the task's gradient
+        self.watched: list[nn.Parameter] = []
+        self.hooks: list[Any] = []
+        self.before: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: gradient of the penalty, its version
+        self.arrivals = 0  # of gradients of the task
         self.cleared = False
 
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
         """The penalty's backward is done, and the task's has not begun."""
         penalised = [parameter for parameter in parameters if parameter.grad is not None]
-        self.parts, self.arrivals, self.cleared, self.gradient = len(penalised), 0, False, None
-        if not penalised:
-            return
-        if self.parameter is not penalised[0]:
+        self.arrivals, self.cleared = 0, False
+        self.before = {id(p): (p.grad, p.grad._version) for p in penalised if p.grad is not None}
+        if [id(p) for p in penalised] != [id(p) for p in self.watched]:
             self.forget()
-            self.parameter = penalised[0]
-            self.hook = self.parameter.register_hook(self._arrive)
-        self.gradient = self.parameter.grad
-        self.version = self.gradient._version if self.gradient is not None else 0
+            self.watched = penalised
+            self.hooks = [p.register_hook(partial(self._arrive, p)) for p in penalised]
 
     def forget(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
+        """Watch nothing any more."""
+        for hook in self.hooks:
+            hook.remove()
+        self.watched, self.hooks = [], []
 
-    def _arrive(self, _: Tensor) -> None:
-        parameter, expected = self.parameter, self.gradient
-        if parameter is None or expected is None:
-            return
+    def _arrive(self, parameter: nn.Parameter, _: Tensor) -> None:
         self.arrivals += 1
-        if self.arrivals == 1:
-            # gradients that share memory share their version, and another parameter may have had its gradient before
-            alone = expected.untyped_storage().nbytes() == expected.nbytes
-            written = alone and expected._version != self.version
-            self.cleared = parameter.grad is not expected or written
-        else:  # DistributedDataParallel may have put another tensor in its place
-            self.cleared |= parameter.grad is None
+        if self.arrivals == 1:  # later ones may have been written by an earlier one: they can share memory
+            gradient, version = self.before.get(id(parameter), (None, 0))
+            self.cleared = gradient is not None and (parameter.grad is not gradient or gradient._version != version)
+        self.cleared |= parameter.grad is None
 
     def check(self, gradients: int) -> None:
         """The gradients are complete.
@@ -442,14 +437,15 @@ class Penalty:
         Raises:
             UserError: no backward pass of the task has come, or gradients were cleared before it.
         """
-        lost = self.gradient is not None and self.parameter is not None and self.parameter.grad is None
-        self.gradient = None
-        if self.cleared or lost:
+        penalised = len(self.before)
+        lost = self.cleared or any(parameter.grad is None for parameter in self.watched)
+        self.before = {}
+        if lost:
             raise UserError(
                 "gradients were cleared between growth.begin_step() and growth.before_step(), and the penalty's with "
                 "them: call optimizer.zero_grad() only after growth.after_step()"
             )
-        if not self.arrivals and gradients <= self.parts:
+        if not self.arrivals and gradients <= penalised:
             raise UserError(
                 "growth.before_step(): no gradient of the task has come since growth.begin_step(); call it after the "
                 "backward pass"

@@ -182,6 +182,14 @@ def _plain_name(name: str, matrices: set[str]) -> str | None:
 
 def _check_rest(method: Method, model: nn.Module, kept: list[str], factors: Mapping[str, Any]) -> None:
     """What the adapter does not hold is frozen, and is what it was before `prepare`."""
+    layers = getattr(method, "linears", None) or getattr(method, "layers", {})
+    modules = dict(model.named_modules())
+    foreign = [n for n in factors if modules[n] is not layers.get(n) and type(modules[n]) is not nn.Linear]
+    if foreign and layers:
+        raise UserError(
+            f"the model has another update than this method's, e.g. {foreign[0]}: give the model that method.prepare "
+            "was given, not a copy, and the method that was prepared on it last"
+        )
     outside = _outside(method, model, kept)
     trained = [name for name, tensor in outside.values() if tensor.requires_grad and name not in factors]
     if trained:
@@ -243,7 +251,8 @@ def _compare_with_base(
 
 def _load_base(model: nn.Module, name: str | None, revision: str | None) -> nn.Module | None:
     """The base model as a user loads it; None if this machine does not have it."""
-    if not name or not hasattr(type(model), "from_pretrained"):
+    load = getattr(type(model), "from_pretrained", None)
+    if not name or load is None:
         return None
     from transformers.utils import logging
 
@@ -253,7 +262,7 @@ def _load_base(model: nn.Module, name: str | None, revision: str | None) -> nn.M
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.seed()  # new layers must not be drawn as they were in the live model
-            return type(model).from_pretrained(
+            return load(
                 name,
                 config=copy.deepcopy(model.config),
                 revision=revision or "main",
