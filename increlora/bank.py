@@ -30,10 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from increlora.components import NO_GROUP, Component, ComponentGroup, GroupSize, Matrix
+from increlora.components import NAME, NO_GROUP, Component, ComponentGroup, GroupSize, Matrix
 from increlora.errors import UserError
-
-NAME = "increlora_bank"  # of the module, in the model that it serves
 
 INIT_STD = 0.02
 MARK = (1,)  # shape of what a state dict has in the place of a matrix's plain weight

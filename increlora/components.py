@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+NAME = "increlora_bank"  # of the bank, in the model that it serves
 NO_GROUP = -1  # the lambda of a component in reserve is a constant, and in no group
 
 

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from increlora import bank, base_weights
+from increlora import base_weights
+from increlora.components import NAME
 from increlora.errors import UserError
 from increlora.files import writing
 from increlora.method import Method
@@ -167,7 +168,7 @@ def _outside(method: Method, model: nn.Module, kept: list[str]) -> dict[str, tup
 
 def _plain_name(name: str, matrices: set[str]) -> str | None:
     """The name before the update was injected; None for a tensor of the update."""
-    if bank.NAME in name.split("."):
+    if NAME in name.split("."):
         return None
     parts = name.split(".")
     owner = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in matrices), None)

@@ -220,6 +220,29 @@ def test_a_method_that_was_never_or_twice_prepared_says_so(bert):
     refused("was prepared on a model already: make another one", method.prepare, bert_of(bert), STEPS)
 
 
+def test_the_checks_read_nothing_from_the_device(bert, monkeypatch):
+    """One reading in a step: whether its gradients are finite."""
+    growth, reads, counted = growing(bert, interval=8, init_warmup=8), [], True
+    take(growth, 2)
+
+    def counting(name, original):
+        return lambda self, *a, **k: (reads.append(name) if counted else None, original(self, *a, **k))[1]
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+    growth.begin_step()
+    counted = False  # what transformers and torch's optimizer read is not ours
+    loss_of(bert).backward()
+    counted = True
+    growth.before_step()
+    counted = False
+    growth.optimizer.step()
+    counted = True
+    growth.after_step()
+    growth.optimizer.zero_grad()
+    assert reads == ["__bool__"]
+
+
 # growth decided by nothing
 
 
