@@ -222,7 +222,7 @@ def test_a_method_that_was_never_or_twice_prepared_says_so(bert):
 
 def test_the_checks_read_nothing_from_the_device(bert, monkeypatch):
     """One reading in a step: whether its gradients are finite."""
-    growth, reads, counted = growing(bert, interval=8, init_warmup=8), [], True
+    growth, reads, counted = growing(bert, interval=8, init_warmup=8, top_h=12), [], True
     take(growth, 2)
 
     def counting(name, original):
