@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from increlora.components import NAME, NO_GROUP, Component, ComponentGroup, GroupSize, Matrix
+from increlora.components import NAME, NO_GROUP, STATE, Component, ComponentGroup, GroupSize, Matrix
 from increlora.errors import UserError
 
 INIT_STD = 0.02
@@ -93,6 +93,7 @@ class Bank(nn.Module):
         self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
         self._last: tuple[Any, dict[int, Tensor]] = (None, {})
         self.depth = 0  # of calls under way of modules that hold all matrices
+        self.restored = False  # whether Growth restores the structure when a state is loaded
         self.saves_unmerged = False  # whether `save_pretrained` of the model may write a checkpoint
         self.passed = False  # whether a forward pass with gradients has begun since this was last set to False
         self.changed()
@@ -288,6 +289,26 @@ class Bank(nn.Module):
                 raise UserError(
                     f"the state is of a model without an update ({prefix}{name}.weight): load it before "
                     "method.prepare, not after it"
+                )
+        if not (self.restored and prefix + STATE in state_dict):
+            self._check_rows(state_dict)
+
+    def _check_rows(self, state_dict: Mapping[str, Any]) -> None:
+        """Weights that come without their structure fit the structure that is there: rows are taken, or zero.
+
+        Raises:
+            UserError: they do not.
+        """
+        for key, rows in state_dict.items():
+            _, found, name = f".{key}".rpartition(f".{NAME}.groups.")
+            number, *what = name.split(".")
+            if not found or not number.isdigit() or int(number) >= len(self.groups):
+                continue
+            taken = self.all_groups[int(number)].next_row.get(what[-1], 0)
+            if rows[taken:].any() or (taken and not rows[:taken].any() and what[0] == "rows"):
+                raise UserError(
+                    "the state has other components than the model, and does not say which matrices they belong to: "
+                    "make Growth before saving and before loading, or load method.state_dict() first"
                 )
 
     # the rows of one matrix

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from increlora import distributed, groups, surgery
+from increlora.components import STATE
 from increlora.errors import UserError
 from increlora.method import Method
 
 BETWEEN, BEGUN, READY, STEPPED, MERGED = "between", "begun", "ready", "stepped", "merged"  # phases of a step
 SHARDED_OPTIMIZERS = {"ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"}
-STATE = "increlora_state"  # the entry of model.state_dict() for structure, averages and step
 
 
 class Growth:
@@ -88,6 +88,9 @@ class Growth:
         self.left: list[tuple[nn.Parameter, int]] = []  # gradients of the last step: parameter, version
         self.penalty = Penalty()
         self._check_parts()
+        self.bank = getattr(method, "bank", None)  # of a method that has one
+        if self.bank is not None:
+            self.bank.restored = True
         groups.adopt(optimizer, method, model)
         self._check_schedule()
         # DistributedDataParallel ignores what begins to train later, also if it wraps a model that has grown
@@ -216,9 +219,8 @@ class Growth:
 
     def keeps_checkpoints(self, keeps: bool) -> None:
         """Let the model's `save_pretrained` write the unmerged model, for a loop that resumes from such a folder."""
-        bank = getattr(self.method, "bank", None)
-        if bank is not None:
-            bank.saves_unmerged = keeps
+        if self.bank is not None:
+            self.bank.saves_unmerged = keeps
 
     def _optimizer_steps(self, *_: Any) -> None:
         """Before every step of the optimizer: it is its turn."""

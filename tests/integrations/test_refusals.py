@@ -139,7 +139,7 @@ def test_a_forward_before_begin_step_and_gradients_that_were_not_announced_are_r
     loss = loss_of(bert)
     growth.begin_step()
     loss.backward()
-    refused("no forward pass came between begin_step and before_step", growth.before_step)
+    refused("no forward pass with gradients came between begin_step and before_step", growth.before_step)
 
     growth = growing(copy.deepcopy(bert_of(bert)))
     growth.begin_step(1)
@@ -304,6 +304,20 @@ def test_a_state_of_other_settings_is_refused_with_both_values(bert):
     growing(bert).model.load_state_dict(state)
 
 
+def test_weights_that_come_without_their_structure_are_refused(bert):
+    growth = growing(copy.deepcopy(bert))
+    take(growth, 9)
+    state = growth.model.state_dict()
+    method, model = made(), copy.deepcopy(bert)
+    method.prepare(model, STEPS)  # no Growth, which would restore the structure
+    refused("load method.state_dict() first", model.load_state_dict, copy.copy(state), strict=False)
+    without = {name: tensor for name, tensor in state.items() if name != "increlora_state"}
+    refused("load method.state_dict() first", growing(bert).model.load_state_dict, dict(without), strict=False)
+    method.load_state_dict(growth.method.state_dict())
+    model.load_state_dict(without)
+    assert torch.equal(loss_of(model), loss_of(growth.model))
+
+
 # what leaves the library
 
 
@@ -345,6 +359,9 @@ def test_an_adapter_that_is_not_the_live_model_is_refused(bert, tmp_path):
     def moved(model, growth):
         model.bert.embeddings.LayerNorm.weight.data += 0.1
 
+    def a_buffer_moved(model, growth):
+        model.bert.register_buffer("mean", torch.zeros(3))
+
     def resized(model, growth):
         model.resize_token_embeddings(60)
 
@@ -366,6 +383,7 @@ def test_an_adapter_that_is_not_the_live_model_is_refused(bert, tmp_path):
         trains: "1 parameters train beside matrices and head",
         bias_trains: "e.g. bert.encoder.layer.0.output.dense.base.bias",
         moved: "e.g. bert.embeddings.LayerNorm.weight",
+        a_buffer_moved: "e.g. bert.mean",
         resized: "1 weights of the model are not those that it had at method.prepare",
         cast: "not those that it had at method.prepare",
         base_changed: "e.g. bert.encoder.layer.0.attention.self.query.base.weight",
