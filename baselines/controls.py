@@ -31,8 +31,9 @@ class RandomGrowth(IncreLoRA):
     name: str = "random_growth"
     keyed_by: str = ""
 
-    def begin_step(self, step: int, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
+    def scores_at(self, step: int) -> bool:
         """Nothing is scored, so no gradient is watched."""
+        return False
 
     def deciding_scores(self, step: int) -> dict[str, float]:
         # keyed by the step, so that a resumed run draws the same

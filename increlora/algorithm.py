@@ -1,10 +1,11 @@
 """IncreLoRA: every matrix starts at rank 1, and the most important ones grow until the budget is spent."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,23 @@ from torch import Tensor, nn
 from increlora import surgery
 from increlora.allocator import Allocator
 from increlora.bank import Bank
+from increlora.base_weights import checksums
 from increlora.components import Component, GroupSize
 from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
 from increlora.linear import IncrementalLinear
 from increlora.method import Allocation, Method, named
+from increlora.order import StepOrder
 from increlora.orthogonality import orthogonal_penalty
 from increlora.streams import stream
 
 START, FIRST_RESERVES = 0, 1  # numbers of groups in the bank; each growth brings one more
+MADE_BY_PREPARE = ("allocator", "bank", "linears", "importance", "watchers", "penalties", "merged", "order")
+# fields that a state cannot change; the schedule's are compared as they were resolved
+SETTINGS = (
+    "alpha", "dropout", "beta1", "beta2", "orth_weight", "advance_learning", "reserve_lambda", "restart_warmup",
+    "score_reduction", "last_use_only", "rank_epsilon", "new_groups_at_peak", "seed",
+)  # fmt: skip
 FORGOTTEN = 1e-4  # weight in the moving averages below which the past is left out
 
 
@@ -85,9 +94,16 @@ class IncreLoRA(Method):
         if self.scoring_window not in ("auto", "all") and not (type(self.scoring_window) is int and self.window > 0):
             raise UserError(f"`scoring_window` must be auto, all or a number above 0, it is {self.scoring_window}")
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in MADE_BY_PREPARE:
+            raise UserError(f"{self.name} is not prepared: call method.prepare(model, total_steps) first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # set up
 
     def prepare(self, model: nn.Module, total_steps: int) -> None:
+        if "order" in vars(self):
+            raise UserError(f"this {self.name} object was prepared on a model already: make another one for this model")
         bases = self.adapted_matrices(model)
         self.allocator = self.schedule(len(bases), total_steps)
         self.freeze_all_but_head(model)
@@ -101,6 +117,9 @@ class IncreLoRA(Method):
         self.bank.attach(model)
         self.importance = ImportanceScore(list(bases), self.beta1, self.beta2)
         self.watchers: list[DeltaGradient] = []
+        self.penalties = 0  # gradients of the penalty that have arrived in the step under way
+        self.merged = False
+        self.order = StepOrder(total_steps)
 
     def _new_bank(self, bases: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> Bank:
         """The tensors of every allocation of the run: the start, the first reserves, each growth."""
@@ -176,11 +195,28 @@ class IncreLoRA(Method):
     # one step
 
     def begin_step(self, step: int, micro_batches: int = 1, loss_scale: float = 1.0) -> None:
+        if self.merged:
+            raise UserError(f"{self.name} was merged into the model, which trains no further: prepare a fresh model")
+        if self.order.next is None:
+            self._check_ranks(step)
+        self.order.begin(step)
+        self.bank.check_dtype()
         self.loss_scale = loss_scale
+        self.penalties, self.bank.passed = 0, False
         self.watchers = [
             DeltaGradient(linear, micro_batches, self.score_reduction, self.last_use_only)
             for linear in (self.linears.values() if self.scores_at(step) else ())
         ]
+
+    def _check_ranks(self, step: int) -> None:
+        """The ranks of a state that was loaded are those of the step at which training goes on."""
+        plan = self.planned_ranks()
+        due = plan[max((at for at in plan if at < step), default=0)]
+        if self.total_rank != due:
+            raise UserError(
+                f"begin_step({step}): the loaded state has total rank {self.total_rank}, at this step it is {due}; go "
+                "on at the step at which the state was taken"
+            )
 
     def scores_at(self, step: int) -> bool:
         """Whether the gradients of this step enter the importance score."""
@@ -199,17 +235,56 @@ class IncreLoRA(Method):
         return int(self.scoring_window)
 
     def extra_loss(self) -> Tensor | float:
-        return self.orth_weight * self.orthogonal_penalty() if self.orth_weight else 0.0
+        if not self.orth_weight:
+            return 0.0
+        loss = self.orth_weight * self.orthogonal_penalty()
+        if loss.requires_grad:
+            loss.register_hook(self._count_penalty)
+        return loss
+
+    def _count_penalty(self, _: Tensor) -> None:
+        self.penalties += 1
 
     def orthogonal_penalty(self) -> Tensor:
         """The unweighted penalty over all adapted matrices, a scalar."""
         return orthogonal_penalty(self.bank.stacks())
 
     def before_step(self, step: int) -> None:
+        self.order.before(step)
+        self._check_penalty()
         if self.watchers:
+            self._check_watchers()
             S = torch.stack([watcher.finish() for watcher in self.watchers])
             self.importance.update(S / self.loss_scale)
             self.watchers = []
+        self.allocate(step)
+
+    def after_step(self, step: int) -> None:
+        self.order.after(step)
+
+    def _check_penalty(self) -> None:
+        """The orthogonal penalty was trained on exactly once."""
+        if self.orth_weight and self.penalties != 1:
+            raise UserError(
+                f"the gradient of the penalty arrived {self.penalties} times in this step: add method.extra_loss() to "
+                "the loss of exactly one backward pass between begin_step and before_step"
+            )
+
+    def _check_watchers(self) -> None:
+        """The gradients that the score needs have come, and no more than were announced."""
+        late = [watcher.linear.name for watcher in self.watchers if watcher.late]
+        if late:
+            raise UserError(
+                f"{late[0]} got gradients after the backward passes that begin_step announced: give it their number, "
+                "`micro_batches` (with activation checkpointing: times the uses of a layer); a larger one does no harm"
+            )
+        if not self.bank.passed and not any(watcher.took_part for watcher in self.watchers):
+            raise UserError(
+                "no forward pass with gradients came between begin_step and before_step: begin_step comes before the forward"
+            )
+
+    def allocate(self, step: int) -> None:
+        """What is due at this step: the reserves at step 0, ranks at a growth."""
         if step == 0 and self.allocator.needed:
             for name in self.linears:
                 self._add_reserve(name, FIRST_RESERVES)
@@ -230,8 +305,27 @@ class IncreLoRA(Method):
             self.bank.silence_reserves()
 
     def deciding_scores(self, step: int) -> dict[str, float]:
-        """The score of every matrix by which this growth chooses."""
-        return self.scores()
+        """The score of every matrix by which this growth chooses.
+
+        Raises:
+            UserError: a matrix would grow whose score is 0, because no gradient ever reached it.
+        """
+        scores = self.scores()
+        silent = [name for name, score in scores.items() if score == 0]
+        if not silent:
+            return scores
+        said = (
+            f"{len(silent)} of {len(scores)} matrices have score 0, e.g. {silent[0]}: no gradient reached their update"
+        )
+        if set(silent) & set(self.allocator.choose(list(self.linears), scores, self.total_rank)):
+            raise UserError(
+                f"the growth at step {step} would be decided by nothing: {said}. Reasons: activation checkpointing "
+                "(use_reentrant=False), a part that the loss does not use (leave it out of `kinds`), gradients that "
+                "vanish in half precision."
+            )
+        if not self.allocations:
+            warnings.warn(f"{said}. They will not grow; if the loss does not use them, leave them out", stacklevel=2)
+        return scores
 
     def _activate(self, name: str, rank: int, group: int) -> None:
         """A matrix gains ranks; it gets a new reserve when nothing of the old one is left."""
@@ -302,12 +396,48 @@ class IncreLoRA(Method):
         return super().trained_state(model) | {name: p.detach() for name, p in named(model, begun)}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"structure": self.bank.structure(), "importance": self.importance.state_dict()}
+        return super().state_dict() | {
+            "structure": self.bank.structure(),
+            "importance": self.importance.state_dict(),
+            "settings": self.settings(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._check_settings(state)
         super().load_state_dict(state)
         self.importance.load_state_dict(state["importance"])
         self.bank.load_structure(state["structure"])
+        self.watchers = []
+        self.order.loaded()
+
+    def settings(self) -> dict[str, Any]:
+        """What a state depends on, with the schedule as it was resolved; plain values."""
+        settings = {name: getattr(self, name) for name in SETTINGS} | asdict(self.allocator)
+        settings |= {"scoring_window": self.window if math.isfinite(self.window) else "all"}
+        return settings | {"total_steps": self.order.total_steps}
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of a method that was made or prepared otherwise.
+
+        Raises:
+            UserError: with what differs.
+        """
+        saved, own = list(state["structure"]["matrices"]), list(self.bank.matrices)
+        if saved != own:
+            odd = sorted(set(saved) ^ set(own)) or own
+            raise UserError(
+                f"the checkpoint is of another model or method: it adapts {len(saved)} matrices, this one {len(own)}, "
+                f"and they differ, e.g. in {odd[0]}. Prepare the method as in that run."
+            )
+        mine = self.settings()
+        saved_settings = state.get("settings", mine)  # absent from states of earlier versions
+        changed = [f"`{name}` {saved_settings.get(name)} there, {mine[name]} here" for name in mine
+                   if saved_settings.get(name) != mine[name]]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"the loaded state was trained with other settings: {'; '.join(changed[:5])}. Make and prepare the "
+                "method as in that run, or start again from the pretrained model."
+            )
 
     @torch.no_grad()
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -315,9 +445,14 @@ class IncreLoRA(Method):
         return {name: self.bank.factors(name) for name in self.linears}
 
     def merge(self, model: nn.Module) -> None:
+        surgery.refuse_other_model(model, self.linears, self.merged)
+        for linear in self.linears.values():
+            linear.check_merge()
         for name, linear in self.linears.items():
             surgery.replace(model, name, linear.merged())
         self.bank.detach(model)
+        self.merged = True
+        self.weights_merged = checksums({f"{name}.weight": linear.base.weight for name, linear in self.linears.items()})
 
 
 def _group_size(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], lambdas: int) -> GroupSize:

@@ -23,17 +23,18 @@ takes the matrix's own rows.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from increlora.components import NO_GROUP, Component, ComponentGroup, GroupSize, Matrix
-
-NAME = "increlora_bank"  # of the module, in the model that it serves
+from increlora.components import NAME, NO_GROUP, STATE, Component, ComponentGroup, GroupSize, Matrix
+from increlora.errors import UserError
 
 INIT_STD = 0.02
+MARK = (1,)  # shape of what a state dict has in the place of a matrix's plain weight
 
 
 class Views(NamedTuple):
@@ -92,6 +93,9 @@ class Bank(nn.Module):
         self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
         self._last: tuple[Any, dict[int, Tensor]] = (None, {})
         self.depth = 0  # of calls under way of modules that hold all matrices
+        self.restored = False  # whether Growth restores the structure when a state is loaded
+        self.saves_unmerged = False  # whether `save_pretrained` of the model may write a checkpoint
+        self.passed = False  # whether a forward pass with gradients has begun since this was last set to False
         self.changed()
 
     def attach(self, model: nn.Module) -> None:
@@ -105,13 +109,45 @@ class Bank(nn.Module):
             module = model.get_submodule(".".join(parts[0] for parts in common[:depth]))
             self.hooks.append(module.register_forward_pre_hook(self._enter))
             self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        self.hooks.append(model.register_state_dict_post_hook(partial(_mark, self)))
+        self.hooks.append(model.register_load_state_dict_pre_hook(self._unmark))
+        if hasattr(model, "save_pretrained"):
+            self.__dict__["home"] = model  # not a module of the bank
+            model.save_pretrained = self.save_pretrained  # type: ignore[assignment]
 
     def detach(self, model: nn.Module) -> None:
         """Leave the model, whose layers are plain again; no hook and no module remains."""
         for hook in self.hooks:
             hook.remove()
+        vars(model).pop("save_pretrained", None)
         if hasattr(model, NAME):
             delattr(model, NAME)
+
+    def save_pretrained(self, *arguments: Any, **keywords: Any) -> Any:
+        """In place of the model's, whose files would be read as a model with random layers.
+
+        Raises:
+            UserError: unless a loop keeps checkpoints of the unmerged model (`saves_unmerged`).
+        """
+        if not self.saves_unmerged:
+            raise UserError(
+                "the update is not merged, and from_pretrained would give a model with random layers: call "
+                "growth.merge() (or method.merge(model)) before saving, or save_peft_adapter instead"
+            )
+        home = self.__dict__["home"]
+        return type(home).save_pretrained(home, *arguments, **keywords)
+
+    def check_dtype(self) -> None:
+        """Refuse components that were cast to half precision after the start.
+
+        Raises:
+            UserError: with what to do.
+        """
+        if self.like.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"the components are in {self.like.dtype}, in which most of every step is lost: cast the model before "
+                "method.prepare, which makes them in float32, and not after it"
+            )
 
     # structure
 
@@ -243,6 +279,38 @@ class Bank(nn.Module):
             group.requires_grad_(saved["trains"])
         self.changed()
 
+    # state dicts
+
+    def _unmark(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Take the marks out of a state that is loaded; refuse a plain model's state."""
+        for name in self.matrices:
+            mark = state_dict.pop(f"{prefix}{name}.weight", None)
+            if mark is not None and tuple(mark.shape) != MARK:
+                raise UserError(
+                    f"the state is of a model without an update ({prefix}{name}.weight): load it before "
+                    "method.prepare, not after it"
+                )
+        if not (self.restored and prefix + STATE in state_dict):
+            self._check_rows(state_dict)
+
+    def _check_rows(self, state_dict: Mapping[str, Any]) -> None:
+        """Weights that come without their structure fit the structure that is there: rows are taken, or zero.
+
+        Raises:
+            UserError: they do not.
+        """
+        for key, rows in state_dict.items():
+            _, found, name = f".{key}".rpartition(f".{NAME}.groups.")
+            number, *what = name.split(".")
+            if not found or not number.isdigit() or int(number) >= len(self.groups):
+                continue
+            taken = self.all_groups[int(number)].next_row.get(what[-1], 0)
+            if rows[taken:].any() or (taken and not rows[:taken].any() and what[0] == "rows"):
+                raise UserError(
+                    "the state has other components than the model, and does not say which matrices they belong to: "
+                    "make Growth before saving and before loading, or load method.state_dict() first"
+                )
+
     # the rows of one matrix
 
     def rows(self, name: str, index: int) -> tuple[Tensor, Tensor]:
@@ -322,6 +390,8 @@ class Bank(nn.Module):
         if self.depth == 0:
             self._forget()
         self.depth += 1
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.passed = True
 
     def _leave(self, *_: Any) -> None:
         self.depth -= 1
@@ -427,6 +497,16 @@ class Bank(nn.Module):
                 starts[number] = total
                 total += len(group.lambda_)
         return starts | {NO_GROUP: total}
+
+
+def _mark(bank: Bank, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Give every matrix a weight of an impossible shape under its plain name.
+
+    So whatever reads the state as that of a plain model (`from_pretrained`, `load_state_dict(strict=False)`) fails
+    with a message about sizes, instead of leaving the layers as they were drawn.
+    """
+    for name in bank.matrices:
+        state_dict[f"{prefix}{name}.weight"] = torch.zeros(MARK, dtype=torch.uint8)
 
 
 def _lambda_places(component: Component, starts: Mapping[int, int]) -> list[int]:

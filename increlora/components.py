@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+NAME = "increlora_bank"  # of the bank, in the model that it serves
+STATE = "increlora_state"  # the entry of a model's state dict for structure, averages and step, written by Growth
 NO_GROUP = -1  # the lambda of a component in reserve is a constant, and in no group
 
 

@@ -25,10 +25,13 @@ def parameter_groups(method: Method, model: nn.Module, weight_decay: float) -> l
     ]
 
 
-def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module) -> None:
+def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module, born: int = 0) -> None:
     """Complete the groups of an optimizer: names, `born`, peak rate; and add the groups of parameters that train later.
 
     An added group takes the options of the first group that decays.
+
+    Args:
+        born: the step from which the parameters of groups without `born` train.
 
     Raises:
         UserError: the optimizer lacks trained parameters of the model, or holds others.
@@ -38,7 +41,7 @@ def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module) ->
     for group in optimizer.param_groups:
         group.setdefault("param_names", [names[id(parameter)] for parameter in group["params"]])
         group.setdefault("initial_lr", group["lr"])
-        group.setdefault("born", 0)
+        group.setdefault("born", born)
         if not group.get("decay", True):
             group["weight_decay"] = 0.0
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -55,7 +55,13 @@ class DeltaGradient:
         self.gradient: Tensor | None = None
         self.sensitivity: Tensor | None = None
         self.factors: tuple[Tensor, Tensor] | None = None
+        self.late = False  # whether a gradient arrived after G was reduced
         linear.watcher = self
+
+    @property
+    def took_part(self) -> bool:
+        """Whether any gradient has arrived."""
+        return bool(self.uses) or self.gradient is not None or self.sensitivity is not None
 
     def watch(self, x: Tensor, h: Tensor, factors: Views) -> None:
         """Note one use of the matrix: input x (tokens, in) after dropout, output h (tokens, out), and the factors."""
@@ -64,6 +70,7 @@ class DeltaGradient:
         h.register_hook(partial(self._arrive, x.detach()))
 
     def _arrive(self, x: Tensor, output_gradient: Tensor) -> None:
+        self.late |= self.sensitivity is not None
         use = (x, output_gradient.detach())
         self.uses = [use] if self.last_use_only else [*self.uses, use]
         self.awaited -= 1

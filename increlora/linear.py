@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from increlora.bank import Bank
 from increlora.components import Matrix
+from increlora.errors import UserError
+
+LOST = 0.01  # of the update, by its norm, may be lost in a merge
 
 
 class IncrementalLinear(nn.Module):
@@ -61,6 +64,24 @@ class IncrementalLinear(nn.Module):
         if self.watcher is not None and h.requires_grad:
             self.watcher.watch(rows, h, factors)
         return h.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def check_merge(self) -> None:
+        """Refuse to merge where rounding to the dtype of the weight would lose a part of the update.
+
+        Raises:
+            UserError: more than `LOST` of the update, by its norm, would be lost.
+        """
+        if self.base.weight.dtype not in (torch.float16, torch.bfloat16):
+            return
+        delta = self.delta()
+        exact = self.base.weight.to(delta.dtype) + delta
+        lost = torch.linalg.vector_norm(exact.to(self.base.weight.dtype).to(delta.dtype) - exact)
+        if not lost <= LOST * torch.linalg.vector_norm(delta):
+            raise UserError(
+                f"{self.name} holds its weight in {self.base.weight.dtype}: merging would lose a part of the update to "
+                "rounding. Call model.float() before the merge; the merged model may be rounded afterwards."
+            )
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

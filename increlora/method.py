@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from increlora import surgery
+from increlora import base_weights, surgery
+from increlora.base_weights import Checksum
 from increlora.errors import UserError
 from increlora.validation import check_numbers
 
@@ -66,6 +67,8 @@ class Method:
     matrices: list[str] | None = None
     seed: int = 0
     allocations: list[Allocation] = field(default_factory=list, init=False, repr=False)
+    weights_before: dict[str, Checksum] = field(default_factory=dict, init=False, repr=False, compare=False)
+    weights_merged: dict[str, Checksum] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -188,14 +191,22 @@ class Method:
         return [(name, p) for name, p in model.named_parameters() if self.head and re.fullmatch(self.head, name)]
 
     def adapted_matrices(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The linear layers to adapt, by name, in model order."""
+        """The linear layers to adapt, by name, in model order; the first thing that `prepare` asks.
+
+        The model's own weights are noted here, so that what leaves the library later can be compared with them.
+        """
+        surgery.refuse_what_holds_more_than_the_model(model)
         if not isinstance(self.kinds, Mapping):
             raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:
             raise UserError(f"`matrices` names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
-        return surgery.find_matrices(model, {k: kinds[k] for k in self.matrices or kinds})
+        found = surgery.find_matrices(model, {k: kinds[k] for k in self.matrices or kinds})
+        surgery.refuse_half_precision(self.head_parameters(model))
+        self.allocations = []
+        self.weights_before = base_weights.checksums(dict(base_weights.tensors(model)))
+        return found
 
     def freeze_all_but_head(self, model: nn.Module) -> None:
         """Freeze the encoder, train pooler and classifier."""

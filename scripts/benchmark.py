@@ -55,6 +55,7 @@ from increlora.glue.settings import AUTOCAST, Settings
 from increlora.glue.tasks import Split, Task, TaskData
 from increlora.glue.tracker import Silent
 from increlora.method import Method
+from increlora.order import AFTER
 from increlora.surgery import hold_frozen_layers_in
 
 METHODS = ("lora", "adalora", "houlsby", "pfeiffer", "bitfit", "full", "increlora", "authors")
@@ -159,6 +160,7 @@ class Arm:
     def take(self, indices: list[int] | None = None) -> float:
         """Seconds of one step through the loop, on the first batch or on some examples."""
         self.run.progress.step = self.step
+        stand_before(self.step, self.run.method)
         return timed(lambda: self.run._step(indices or self.indices, False), self.run.device, self.clock)
 
     @property
@@ -195,10 +197,16 @@ def make_arm(name: str, options: argparse.Namespace, batch: int, lengths: list[i
 def grow_to(rank: int, method: IncreLoRA) -> None:
     """Growths up to an average rank, by scores that are drawn: without training all are 0, and ties would pile up."""
     generator = torch.Generator().manual_seed(0)
-    method.before_step(0)
+    method.allocate(0)
     while method.total_rank < rank * len(method.linears):
         method.importance.update(torch.rand(len(method.linears), generator=generator))
-        method.before_step(FIRST_GROWTH + INTERVAL * len(method.allocations))
+        method.allocate(FIRST_GROWTH + INTERVAL * len(method.allocations))
+
+
+def stand_before(step: int, method: Method) -> None:
+    """Let the method take this step next, whatever it took before; its calls otherwise count the steps."""
+    if isinstance(method, IncreLoRA):
+        method.order.next, method.order.last = step, AFTER
 
 
 # time
@@ -257,8 +265,8 @@ def bare_loop(arm: Arm) -> float:
 def grow(arm: Arm) -> float:
     """Seconds that a growth of all matrices adds to a step."""
     method = arm.run.method
-    grown = timed(lambda: method.before_step(DUE), arm.run.device)
-    return grown - timed(lambda: method.before_step(DUE + 1), arm.run.device)
+    grown = timed(lambda: method.allocate(DUE), arm.run.device)
+    return grown - timed(lambda: method.allocate(DUE + 1), arm.run.device)
 
 
 def merged(arm: Arm) -> nn.Module:
@@ -341,6 +349,7 @@ def operations(arm: Arm) -> int:
     run = arm.run
     batch = to_device(collate(run.data.train, arm.indices, run.pad_id), run.device)
     run.model.train()
+    stand_before(arm.step, run.method)
     run.method.begin_step(arm.step)
     with CountOperations() as counted:
         (run._loss_of(batch) + run.method.extra_loss()).backward()

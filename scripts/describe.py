@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from increlora import surgery
+from increlora.algorithm import IncreLoRA
 from increlora.errors import UserError
 from increlora.glue import config
 from increlora.method import Method
@@ -49,7 +50,8 @@ def describe(overrides: list[str]) -> dict[str, Any]:
         linears = surgery.find_matrices(model, method.kinds)
         method.prepare(model, total_steps)
     plan, start_ranks = method.planned_ranks(), method.ranks()
-    method.before_step(0)  # a reserve is there from the first step on
+    if isinstance(method, IncreLoRA):
+        method.allocate(0)  # a reserve is there from the first step on
     start = method.parameters_by_kind(model)
     factors = {
         name: linears[name].in_features + linears[name].out_features for name, rank in start_ranks.items() if rank

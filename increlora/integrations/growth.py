@@ -2,17 +2,21 @@
 
 import ctypes
 import io
+import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from increlora import distributed, groups
+from increlora import distributed, groups, surgery
+from increlora.components import STATE
 from increlora.errors import UserError
 from increlora.method import Method
 
-STATE = "increlora_state"  # the entry of model.state_dict() for structure, averages and step
+BETWEEN, BEGUN, READY, STEPPED, MERGED = "between", "begun", "ready", "stepped", "merged"  # phases of a step
+SHARDED_OPTIMIZERS = {"ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"}
 
 
 class Growth:
@@ -51,23 +55,44 @@ class Growth:
         total_steps: optimizer steps of the whole run, as given to `prepare`.
         warmup_steps: of the parameters that are there from the start, and again of each new group.
 
+        max_skipped: steps in a row with gradients that are not finite after which training is given up.
+
     Raises:
-        UserError: the optimizer lacks trained parameters of the model, or holds others.
+        UserError: the optimizer lacks trained parameters of the model, holds others, is wrapped, is sharded or has a
+            scheduler; the model is wrapped, or another one than the method's; a parameter would train in half
+            precision.
+
+    A call that is forgotten, doubled or out of place is a UserError at the next call, `optimizer.step()` included.
     """
 
     def __init__(
-        self, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int
+        self,
+        method: Method,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        warmup_steps: int,
+        max_skipped: int = 20,
     ):
         self.method, self.model, self.optimizer = method, model, optimizer
-        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.total_steps, self.warmup_steps, self.max_skipped = total_steps, warmup_steps, max_skipped
         self.step = 0  # optimizer steps taken
-        self.skipped = 0  # steps that were not finite
-        self.begun = self.scaled = False  # of the step under way
-        self.finite: bool | None = None  # None until its gradients are complete
+        self.skipped = self.skipped_in_a_row = 0  # steps that were not finite
+        self.phase = BETWEEN
+        self.scaled = False  # the step under way has a loss scale
+        self.finite = True  # of the step under way, from before_step on
         self.averages = False  # at the end of the backward under way
         self.loaded: set[str] = set()  # since the last step: the model's state, the optimizer's
-        self._check_steps()
+        self.held = 0  # parameters in the optimizer when it was last checked
+        self.rates: list[Any] | None = None  # that were written into the groups
+        self.left: list[tuple[nn.Parameter, int]] = []  # gradients of the last step: parameter, version
+        self.penalty = Penalty()
+        self._check_parts()
+        self.bank = getattr(method, "bank", None)  # of a method that has one
+        if self.bank is not None:
+            self.bank.restored = True
         groups.adopt(optimizer, method, model)
+        self._check_schedule()
         # DistributedDataParallel ignores what begins to train later, also if it wraps a model that has grown
         self.later = method.later_parameters()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -76,6 +101,7 @@ class Growth:
             model.register_state_dict_post_hook(partial(_store, self)),
             model.register_load_state_dict_pre_hook(self._restore),
             optimizer.register_load_state_dict_pre_hook(self._regroup),
+            optimizer.register_step_pre_hook(self._optimizer_steps),
         ]
         if distributed.processes() > 1:
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -84,35 +110,64 @@ class Growth:
     # one step
 
     def begin_step(self, micro_batches: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Call before the first forward of a step; a repeated call within the step has no effect.
+        """Call before the first forward of a step; a repeated call before `before_step` has no effect.
 
         Args:
             micro_batches: backward passes in this step, or more.
             scaler: multiplies the loss before backward (fp16).
 
         Raises:
-            UserError: the state of the model or of the optimizer was loaded without the other.
+            UserError: the step before is not complete or its gradients are still there; the run is over; the state of
+                the model or of the optimizer was loaded without the other; learning rates or the optimizer's
+                parameters were changed in a way that cannot be right.
         """
-        if self.begun:
+        if self.phase == BEGUN:
             return
+        if self.phase == MERGED:
+            raise UserError("the model was merged and trains no further: prepare a fresh model with a new method")
+        if self.phase != BETWEEN:
+            raise UserError(
+                f"growth.begin_step(): step {self.step} is not complete; call growth.after_step() after "
+                "optimizer.step() in every step, also in one that before_step did not count"
+            )
+        if self.step >= self.total_steps:
+            raise UserError(
+                f"growth.begin_step(): all {self.total_steps} steps of the run are done, and every learning rate is 0. "
+                "Give method.prepare and Growth the steps of the whole run."
+            )
         if len(self.loaded) == 1:
             raise UserError(
                 f"the state of the {self.loaded.pop()} was loaded, but not that of both model and optimizer: load the "
                 "other one too, from the same checkpoint"
             )
         self.loaded.clear()
+        self._check_optimizer()
         groups.set_learning_rates(self.optimizer, self.step, self.total_steps, self.warmup_steps)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaled = scaler is not None and scaler.is_enabled()
         loss_scale = scaler.get_scale() if scaler is not None else 1.0
         self.method.begin_step(self.step, micro_batches, loss_scale)
         penalty = self.method.extra_loss()
         if isinstance(penalty, Tensor):
             (penalty * loss_scale).backward()
-        self.begun = True
+        self.penalty.begin(self._parameters())
+        self.phase = BEGUN
 
     def before_step(self) -> bool:
-        """Call when gradients are complete and clipped: ranks grow if it is time; returns whether the step counts."""
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        """Call when gradients are complete and clipped: ranks grow if it is time; returns whether the step counts.
+
+        Raises:
+            UserError: the step was not begun, the call is a second one, no gradient of the task has arrived, the
+                penalty's gradient was cleared, or `max_skipped` steps in a row were not finite.
+        """
+        if self.phase != BEGUN:
+            raise UserError(
+                "growth.before_step(): the step was not begun; call growth.begin_step() before the forward"
+                if self.phase in (BETWEEN, MERGED)
+                else "growth.before_step() is called twice in a step: call it once, when the gradients are complete"
+            )
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        self.penalty.check(len(gradients))
         self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if self.finite:
             allocations = len(self.method.allocations)
@@ -122,37 +177,153 @@ class Growth:
                 raise UserError("the processes disagree about the ranks: start them with the same model and settings")
         elif not self.scaled:  # a scaler skips such a step by itself
             self.optimizer.zero_grad(set_to_none=True)
+        self.phase = READY
+        self._count_skipped()
         return self.finite
 
     def after_step(self) -> None:
-        """Call after the optimizer's step, before zero_grad; between micro-batches it has no effect."""
-        if self.finite is None:
+        """Call after the optimizer's step, before zero_grad; between micro-batches it has no effect.
+
+        Raises:
+            UserError: the optimizer took no step since `before_step`.
+        """
+        if self.phase not in (READY, STEPPED):
             return
         if self.finite:
+            if self.phase != STEPPED:
+                raise UserError(
+                    "growth.after_step(): the optimizer that Growth was given took no step since growth.before_step(); "
+                    "call both once an optimizer step, with optimizer.step() between them"
+                )
             self.method.after_step(self.step)
         self.step += self.finite
         self.skipped += not self.finite
-        self.begun, self.finite = False, None
+        self.left = [(p, p.grad._version) for p in self._parameters() if p.grad is not None]
+        self.phase = BETWEEN
 
     def merge(self) -> None:
-        """Fold the update into the model's own layers; its state dict is that of a plain model again."""
+        """Fold the update into the model's own layers; its state dict is that of a plain model again.
+
+        Raises:
+            UserError: it was merged already, a step is not complete, or the update would be lost to rounding.
+        """
+        if self.phase not in (BETWEEN, MERGED):
+            raise UserError(f"growth.merge(): step {self.step} is not complete; merge after growth.after_step()")
+        if self.phase == MERGED:
+            raise UserError("the update was merged already; a second merge would add it twice")
         self.method.merge(self.model)
         for hook in self.hooks:
             hook.remove()
+        self.penalty.forget()
+        self.phase = MERGED
 
-    def _check_steps(self) -> None:
+    def keeps_checkpoints(self, keeps: bool) -> None:
+        """Let the model's `save_pretrained` write the unmerged model, for a loop that resumes from such a folder."""
+        if self.bank is not None:
+            self.bank.saves_unmerged = keeps
+
+    def _optimizer_steps(self, *_: Any) -> None:
+        """Before every step of the optimizer: it is its turn."""
+        if self.phase == READY:
+            self.phase = STEPPED
+            return
+        what = {
+            BETWEEN: "growth.begin_step() was not called before the forward of this step",
+            BEGUN: "growth.before_step() was not called after the backward of this step",
+            STEPPED: "it is the second call in this step",
+        }[self.phase]
+        raise UserError(
+            f"optimizer.step(): {what}; nothing would grow. In the Trainer: Trainer(..., callbacks=[callback], "
+            "optimizers=callback.optimizers)."
+        )
+
+    def _count_skipped(self) -> None:
+        self.skipped_in_a_row = 0 if self.finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row had gradients that are not finite (`max_skipped`), at step "
+                f"{self.step}: the training has diverged. Lower the learning rate, or load the model in float32."
+            )
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    # what it is given
+
+    def _check_parts(self) -> None:
+        """Model and optimizer are those themselves, not what wraps them."""
+        if self.method.ranks():  # other methods may inject layers of other libraries
+            surgery.refuse_wrapper(self.model)
+        surgery.refuse_half_precision((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        kinds = {ancestor.__name__ for ancestor in type(self.optimizer).__mro__}
+        if kinds & SHARDED_OPTIMIZERS:
+            raise UserError(
+                f"{type(self.optimizer).__name__} shards its state over the processes by the parameters that train at "
+                "the start, and would never train those of a growth: use a plain optimizer"
+            )
+        if not hasattr(self.optimizer, "_optimizer_step_pre_hooks"):
+            raise UserError(
+                f"{type(self.optimizer).__name__} is not a torch.optim.Optimizer itself: make Growth before "
+                "accelerator.prepare or anything else wraps the optimizer"
+            )
+        if getattr(self.method, "merged", False):
+            raise UserError("the method was merged into its model already: prepare a fresh model with a new method")
+
+    def _check_schedule(self) -> None:
         last = max(self.method.planned_ranks(), default=0)
         if last >= self.total_steps:
             raise UserError(
                 f"ranks change until step {last}, after the last of {self.total_steps} steps: give method.prepare and "
                 "Growth the same total_steps"
             )
+        self._refuse_scheduler()
+
+    def _refuse_scheduler(self) -> None:
+        if hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+            raise UserError(
+                "a learning-rate scheduler is attached to the optimizer; Growth sets every learning rate (restart "
+                "warmup, linear decay): make the optimizer anew, without a scheduler"
+            )
+
+    def _check_optimizer(self) -> None:
+        """What may have happened between two steps: groups, learning rates, gradients that were left."""
+        self._refuse_scheduler()
+        now = [group["lr"] for group in self.optimizer.param_groups]
+        changed = [(a, b) for a, b in zip(self.rates or (), now, strict=False) if a is not b and differ(a, b)]
+        if changed:
+            raise UserError(
+                f"a learning rate was changed from {changed[0][0]} to {changed[0][1]}; Growth sets every learning rate "
+                "(restart warmup, linear decay): remove the scheduler, or whatever else sets it"
+            )
+        if any(p.grad is not None and p.grad._version == version for p, version in self.left):
+            raise UserError(
+                f"growth.begin_step(): the gradients of the last step are still there (step {self.step}); call "
+                "optimizer.zero_grad() after growth.after_step()"
+            )
+        self.left = []
+        held = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if held != self.held:
+            self._take_up_groups()
+            self.held = held
+
+    def _take_up_groups(self) -> None:
+        """The first step of a session, or groups were added since: check and complete them."""
+        _refuse_sharding()
+        added = any("born" not in group for group in self.optimizer.param_groups)
+        if added and distributed.processes() > 1:
+            raise UserError(
+                "with several processes, the gradients of parameters that are added to the optimizer after Growth was "
+                "made would differ between processes: add them before, or use one process"
+            )
+        groups.adopt(self.optimizer, self.method, self.model, self.step)
+        trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        surgery.refuse_half_precision(trained)
 
     # several processes
 
     def _queue_average(self, _: Tensor) -> None:
         # the penalty's gradient, before the step has begun, is the same everywhere
-        if self.begun and not self.averages:
+        if self.phase == BEGUN and not self.averages:
             self.averages = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
 
@@ -186,16 +357,118 @@ class Growth:
                 f"the checkpoint is of another model or method: it adapts {len(state['matrices'])} matrices, "
                 f"this one {len(self.method.ranks())}, and their names differ. Prepare the method as in that run."
             )
+        mine = self._settings()
+        saved = state.get("settings", mine)  # absent from states of earlier versions
+        changed = [
+            f"{name} {saved.get(name)} there, {mine[name]} here" for name in mine if saved.get(name) != mine[name]
+        ]
+        if changed:
+            raise UserError(
+                f"the loaded state was trained with other settings: {'; '.join(changed)}. Make Growth and prepare the "
+                "method as in that run, or start again from the pretrained model."
+            )
         self.method.load_state_dict(state["method"])
-        self.step, self.skipped = state["step"], state["skipped"]
-        self.begun, self.finite = False, None
+        self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], 0
+        self.phase, self.left = BETWEEN, []
         self.loaded.add("model")
+
+    def _settings(self) -> dict[str, Any]:
+        """What a state depends on beside the method's own settings."""
+        method = self.method
+        return {
+            "method": method.name,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "parameters of the head": [name for name, _ in method.head_parameters(self.model)],
+        }
 
     def _regroup(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Give the optimizer the saved groups, by parameter name; their options and states follow."""
         if state_dict["state"]:  # accelerate prepares a fresh optimizer by loading its own empty state
             self.loaded.add("optimizer")
         groups.rebuild(optimizer, self.model, [group.get("param_names", [""]) for group in state_dict["param_groups"]])
+        own = {id(parameter) for group in self.method.param_groups(self.model) for _, parameter in group["params"]}
+        for number, parameter in enumerate(self._parameters()):
+            if number in state_dict["state"] and id(parameter) not in own:  # the user added it to that run's optimizer
+                parameter.requires_grad_(True)
+        self.rates, self.left, self.held = None, [], 0
+
+
+class Penalty:
+    """Watches the parameters of the penalty, so that its gradient is not cleared before the optimizer's step.
+
+    All of it is done on the host: the hooks look at which tensor a gradient is, and how often it was written.
+    """
+
+    def __init__(self) -> None:
+        self.watched: list[nn.Parameter] = []
+        self.hooks: list[Any] = []
+        self.before: dict[int, tuple[Tensor, int]] = {}  # by id of the parameter: gradient of the penalty, its version
+        self.arrivals = 0  # of gradients of the task
+        self.cleared = False
+
+    def begin(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The penalty's backward is done, and the task's has not begun."""
+        penalised = [parameter for parameter in parameters if parameter.grad is not None]
+        self.arrivals, self.cleared = 0, False
+        self.before = {id(p): (p.grad, p.grad._version) for p in penalised if p.grad is not None}
+        if [id(p) for p in penalised] != [id(p) for p in self.watched]:
+            self.forget()
+            self.watched = penalised
+            self.hooks = [p.register_hook(partial(self._arrive, p)) for p in penalised]
+
+    def forget(self) -> None:
+        """Watch nothing any more."""
+        for hook in self.hooks:
+            hook.remove()
+        self.watched, self.hooks = [], []
+
+    def _arrive(self, parameter: nn.Parameter, _: Tensor) -> None:
+        self.arrivals += 1
+        if self.arrivals == 1:  # later ones may have been written by an earlier one: they can share memory
+            gradient, version = self.before.get(id(parameter), (None, 0))
+            self.cleared = gradient is not None and (parameter.grad is not gradient or gradient._version != version)
+        self.cleared |= parameter.grad is None
+
+    def check(self, gradients: int) -> None:
+        """The gradients are complete.
+
+        Args:
+            gradients: parameters that have one.
+
+        Raises:
+            UserError: no backward pass of the task has come, or gradients were cleared before it.
+        """
+        penalised = len(self.before)
+        lost = self.cleared or any(parameter.grad is None for parameter in self.watched)
+        self.before = {}
+        if lost:
+            raise UserError(
+                "gradients were cleared between growth.begin_step() and growth.before_step(), and the penalty's with "
+                "them: call optimizer.zero_grad() only after growth.after_step()"
+            )
+        if not self.arrivals and gradients <= penalised:
+            raise UserError(
+                "growth.before_step(): no gradient of the task has come since growth.begin_step(); call it after the "
+                "backward pass"
+            )
+
+
+def differ(a: Any, b: Any) -> bool:
+    """Whether two learning rates differ; of tensors nothing is read, another one is a change."""
+    return isinstance(a, Tensor) or isinstance(b, Tensor) or a != b
+
+
+def _refuse_sharding() -> None:
+    """accelerate shards by plugins that show only here; it is not imported where nobody uses it."""
+    state = sys.modules.get("accelerate.state")
+    shared = state.AcceleratorState._shared_state if state else {}
+    kind = str(getattr(shared.get("distributed_type"), "value", ""))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(
+            f"accelerate runs with {kind}; a method that grows needs the whole model and optimizer in every process: "
+            "use one process per GPU with DistributedDataParallel (MULTI_GPU)"
+        )
 
 
 def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -204,6 +477,7 @@ def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix
         "step": growth.step,
         "skipped": growth.skipped,
         "matrices": list(growth.method.ranks()),
+        "settings": growth._settings(),
         "method": growth.method.state_dict(),
     }
     state_dict[prefix + STATE] = _pack(state)

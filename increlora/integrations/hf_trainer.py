@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from increlora.errors import UserError
 from increlora.groups import parameter_groups
@@ -23,9 +31,9 @@ class IncreLoRACallback(TrainerCallback):
         trainer = Trainer(model, args, ..., callbacks=[callback], optimizers=callback.optimizers)
 
     The optimizer is the one that `args` describes (`optim`, `learning_rate`, `weight_decay`, ...). The schedule
-    is the paper's, a restart warmup over `args.warmup_steps` and linear decay, whatever `args.lr_scheduler_type`
-    says. The method's own loss is added once per optimizer step and never to a reported loss. Checkpoints
-    are the Trainer's, and `resume_from_checkpoint` and `load_best_model_at_end` work as they always do.
+    is the paper's, a restart warmup over `args.warmup_steps` and linear decay; another `args.lr_scheduler_type`
+    than `linear` is refused. The method's own loss is added once per optimizer step and never to a reported loss.
+    Checkpoints are the Trainer's, and `resume_from_checkpoint` and `load_best_model_at_end` work as they always do.
 
     When training is over, `callback.growth.merge()` leaves a plain model to save.
 
@@ -36,11 +44,17 @@ class IncreLoRACallback(TrainerCallback):
         total_steps: optimizer steps of the whole run; None: `args.max_steps`.
 
     Raises:
-        UserError: when training begins: the Trainer takes another number of steps, begins at another step than
-            the model stands at, was not given `callback.optimizers`, or shards the model.
+        UserError: `args` asks for another schedule. When training begins: the Trainer takes another number of steps,
+            begins at another step than the model stands at, trains another model, was not given
+            `callback.optimizers`, or shards the model.
     """
 
     def __init__(self, method: Method, model: PreTrainedModel, args: TrainingArguments, total_steps: int | None = None):
+        if args.lr_scheduler_type != SchedulerType.LINEAR or args.lr_scheduler_kwargs:
+            raise UserError(
+                f"lr_scheduler_type={args.lr_scheduler_type.value!r} is not used: the schedule is a restart warmup "
+                "with linear decay; give TrainingArguments lr_scheduler_type='linear' and no lr_scheduler_kwargs"
+            )
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         optimizer: torch.optim.Optimizer = kind(parameter_groups(method, model, args.weight_decay), **options)
         total_steps = args.max_steps if total_steps is None else total_steps
@@ -58,6 +72,8 @@ class IncreLoRACallback(TrainerCallback):
             )
         if optimizer.optimizer is not growth.optimizer:
             raise UserError("give the Trainer the callback's optimizer: Trainer(..., optimizers=callback.optimizers)")
+        if parts["model"] is not growth.model:
+            raise UserError("the Trainer trains another model than the callback was given: give both the same object")
         if state.max_steps != growth.total_steps:
             raise UserError(
                 f"the Trainer takes {state.max_steps} steps, the method was prepared for {growth.total_steps}: "
@@ -68,6 +84,11 @@ class IncreLoRACallback(TrainerCallback):
                 f"the Trainer begins at step {state.global_step}, the model stands at {growth.step + growth.skipped}: "
                 "resume from a checkpoint (resume_from_checkpoint=True), or prepare a fresh model"
             )
+
+        growth.keeps_checkpoints(True)  # they hold the unmerged model, to resume from
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        self.growth.keeps_checkpoints(False)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -87,6 +108,13 @@ class IncreLoRACallback(TrainerCallback):
 
 class GroupsDecide(LRScheduler):
     """The scheduler that the Trainer requires; it changes no learning rate, because `Growth` sets them all."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        super().__init__(optimizer)
+        del optimizer.step  # torch's mark of a scheduler that sets rates, by which Growth refuses other ones
+
+    def step(self, epoch: int | None = None) -> None:
+        self._step_count += 1
 
     def get_lr(self) -> list[float | torch.Tensor]:
         return self.get_last_lr()

@@ -8,16 +8,21 @@ a checkpoint from that phase keeps it, and its `rank_pattern` is larger than the
 """
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, TaskType
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from increlora import base_weights
+from increlora.components import NAME
 from increlora.errors import UserError
 from increlora.files import writing
 from increlora.method import Method
@@ -52,15 +57,20 @@ def save_peft_adapter(
         task_type: PEFT's word for the class to load with, e.g. `CAUSAL_LM` or `SEQ_CLS`; None: `PeftModel`.
         revision: of the base model on the hub.
 
+    Where the base model can be loaded from this machine, it is loaded once more, and everything that the adapter does
+    not hold is compared with it.
+
     Raises:
         UserError: the update is no product of low-rank factors, the folder is not empty or cannot be written, the
-            model is another one or a wrapper, or its head is such that PEFT would not load it.
+            model is another one or a wrapper, its head is such that PEFT would not load it, or the base model with
+            the adapter would not be the trained model: something else trained, changed since `prepare`, or is new.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already; remove it, or choose another folder")
     base = base_model or getattr(model, "name_or_path", None) or None
     config, tensors = adapter(method, model, base, task_type, revision)
+    _compare_with_base(method, model, config, tensors, [base_model, getattr(model, "name_or_path", None)], revision)
     with whole(folder) as made:
         save_tensors(config, tensors, made)
 
@@ -89,6 +99,7 @@ def adapter(
     ends = (*head, *IMPLIED_HEADS.get(task_type or "", ()))
     kept = [name for name in modules if name.endswith(ends)]  # what PEFT will load in full, by the ends of names
     _check_head(method, model, kept, factors)
+    _check_rest(method, model, kept, factors)
     tensors = {f"{name}.lora_A.weight": A for name, (A, _) in factors.items()}
     tensors |= {f"{name}.lora_B.weight": B for name, (_, B) in factors.items()}
     tensors |= {f"{name}.{key}": tensor for name in kept for key, tensor in modules[name].state_dict().items()}
@@ -142,6 +153,130 @@ def _check_head(method: Method, model: nn.Module, kept: list[str], matrices: Ite
             f"{matrix} has an update, and PEFT would take it for a part of the head, {name}. "
             "Save the merged model instead: method.merge(model)."
         )
+
+
+def _outside(method: Method, model: nn.Module, kept: list[str]) -> dict[str, tuple[str, Tensor]]:
+    """What an adapter does not hold: plain name, as in the base model -> name in the live model, tensor."""
+    inside = tuple(f"{name}." for name in kept)
+    matrices, found = set(method.ranks()), {}
+    for name, tensor in base_weights.tensors(model):
+        plain = _plain_name(name, matrices)
+        if plain is not None and not name.startswith(inside):
+            found[plain] = (name, tensor)
+    return found
+
+
+def _plain_name(name: str, matrices: set[str]) -> str | None:
+    """The name before the update was injected; None for a tensor of the update."""
+    if NAME in name.split("."):
+        return None
+    parts = name.split(".")
+    owner = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in matrices), None)
+    if owner is None:
+        return name
+    rest = name.removeprefix(f"{owner}.")
+    if rest in ("weight", "bias"):  # merged, or never adapted
+        return name
+    base, _, leaf = rest.partition(".")
+    return f"{owner}.{leaf}" if base in ("base", "base_layer") else None
+
+
+def _check_rest(method: Method, model: nn.Module, kept: list[str], factors: Mapping[str, Any]) -> None:
+    """What the adapter does not hold is frozen, and is what it was before `prepare`."""
+    layers = getattr(method, "linears", None) or getattr(method, "layers", {})
+    modules = dict(model.named_modules())
+    foreign = [n for n in factors if modules[n] is not layers.get(n) and type(modules[n]) is not nn.Linear]
+    if foreign and layers:
+        raise UserError(
+            f"the model has another update than this method's, e.g. {foreign[0]}: give the model that method.prepare "
+            "was given, not a copy, and the method that was prepared on it last"
+        )
+    outside = _outside(method, model, kept)
+    trained = [name for name, tensor in outside.values() if tensor.requires_grad and name not in factors]
+    if trained:
+        raise UserError(
+            f"{len(trained)} parameters train beside matrices and head, and the adapter would lose them, e.g. "
+            f"{trained[0]}: let `head` match them, or save the merged model (growth.merge(), model.save_pretrained)"
+        )
+    before = method.weights_before
+    if not before:  # a method that adapts no matrices by this interface
+        return
+    now = base_weights.checksums({plain: tensor for plain, (_, tensor) in outside.items()})
+    merged = [f"{name}.weight" for name in factors if outside.get(f"{name}.weight", ("",))[0] == f"{name}.weight"]
+    expected = before | {name: method.weights_merged.get(name, now[name]) for name in merged}
+    changed = [outside[plain][0] for plain in now if now[plain] != expected.get(plain)]
+    if changed:
+        raise UserError(
+            f"{len(changed)} weights of the model are not those that it had at method.prepare (trained, resized, cast, "
+            f"merged or replaced since), and the adapter would lose that, e.g. {changed[0]}: save the merged model "
+            "instead (growth.merge(), model.save_pretrained)"
+        )
+
+
+def _compare_with_base(
+    method: Method,
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    names: Iterable[str | None],
+    revision: str | None,
+) -> None:
+    """Load the base model once more, if this machine has it: with the adapter it must be the live model."""
+    fresh = next((found for name in names if (found := _load_base(model, name, revision)) is not None), None)
+    if fresh is None:
+        return
+    ends = (*(config.modules_to_save or ()), *IMPLIED_HEADS.get(config.task_type or "", ()))
+    outside = _outside(method, model, [name for name, _ in model.named_modules() if ends and name.endswith(ends)])
+    base, odd = dict(base_weights.tensors(fresh)), []
+    for plain, (name, tensor) in outside.items():
+        live, other = tensor.detach().cpu(), base.get(plain)
+        if other is None or other.shape != live.shape:
+            odd.append(name)
+            continue
+        owner = plain.removesuffix(".weight")
+        A = tensors.get(f"base_model.model.{owner}.lora_A.weight")
+        if A is not None and name == plain != owner:  # merged
+            B = tensors[f"base_model.model.{owner}.lora_B.weight"]
+            expected = other.detach().to(A.dtype) + (B @ A).cpu()
+            if not torch.allclose(live.to(A.dtype), expected, rtol=1e-4, atol=1e-5):
+                odd.append(name)
+        elif not torch.equal(live, other.detach().to(live.dtype)):
+            odd.append(name)
+    if odd:
+        raise UserError(
+            f"on its base model the adapter would not be the trained model: {len(odd)} weights differ there, or are "
+            f"new and drawn again at every loading, e.g. {odd[0]}. Let `head` match new layers when the method is "
+            "made; else save the merged model instead (growth.merge(), model.save_pretrained)."
+        )
+
+
+def _load_base(model: nn.Module, name: str | None, revision: str | None) -> nn.Module | None:
+    """The base model as a user loads it; None if this machine does not have it."""
+    load = getattr(type(model), "from_pretrained", None)
+    if not name or load is None:
+        return None
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.seed()  # new layers must not be drawn as they were in the live model
+            return load(
+                name,
+                config=copy.deepcopy(model.config),
+                revision=revision or "main",
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                dtype=next(model.parameters()).dtype,
+            )
+    except (OSError, ValueError):  # no such folder, and not in the hub's cache
+        return None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _pattern(name: str, matrices: Iterable[str]) -> str:

@@ -154,8 +154,9 @@ def test_reserve_is_made_at_step_zero_learns_with_frozen_lambda_and_is_silenced_
 def test_a_new_rank_starts_with_the_lambda_of_its_reserve(tiny_deberta):
     method = increlora(reserve_lambda=0.25)
     method.prepare(tiny_deberta, STEPS)
+    method.importance.update(torch.ones(len(method.linears)))
     for step in (0, 10):
-        method.before_step(step)
+        method.allocate(step)
     grown = [name for name, rank in method.ranks().items() if rank == 2]
     assert len(grown) == 5 and all(method.bank.lambdas(name).tolist() == [0.0, 0.25] for name in grown)
 
@@ -184,9 +185,10 @@ def test_what_one_matrix_draws_does_not_depend_on_the_growth_of_others(tiny_debe
     for top_h in (5, 2):
         method, model = increlora(top_h=top_h, target_rank=3, rank_step=1, orth_weight=0.0), copy.deepcopy(tiny_deberta)
         method.prepare(model, 1000)
-        method.before_step(0)
+        method.importance.update(torch.ones(len(method.linears)))
+        method.allocate(0)
         for step in range(10, 1000, 5):
-            method.before_step(step)
+            method.allocate(step)
         rows = {
             (name, index): method.bank.rows(name, index)
             for name, matrix in method.bank.matrices.items()

@@ -45,7 +45,13 @@ HOMES = {
     "hydra": {"glue/config.py"},
     "datasets": {"glue/tasks.py"},
     "peft": {"integrations/peft_export.py"},
-    "transformers": {"integrations/hf_trainer.py", "glue/backbone.py", "glue/model_files.py", "glue/tokenizing.py"},
+    "transformers": {
+        "integrations/hf_trainer.py",
+        "integrations/peft_export.py",  # to load a base model once more
+        "glue/backbone.py",
+        "glue/model_files.py",
+        "glue/tokenizing.py",
+    },
     "matplotlib": {"glue/tracker.py", "analysis/figures.py"},
 }
 PARTS = {"linear", "bank", "orthogonality", "importance", "allocator"}  # of the algorithm
