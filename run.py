@@ -67,8 +67,12 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         method.prepare(model, settings.total_steps(len(data.train)))
     code, inputs = machine.code_state(str(device)), identity.inputs(task, backbone, method)
     same = identity.of_checkpoint(resolved, inputs, distributed.processes())
-    checkpoints = Checkpoints(run_dir, same, [f"{code['commit']}{'-dirty' * code['dirty']}"])
+    checkpoints = Checkpoints(run_dir, same, [f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}"])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
+        done = None if cfg.overwrite else finished_meanwhile(run_dir, resolved, inputs)
+        if done is not None:
+            distributed.stop()
+            return done, [f"another process has finished this run meanwhile: {run_dir / result_files.FILE_NAME}"]
         if cfg.overwrite and distributed.is_main():
             (run_dir / result_files.FILE_NAME).unlink(missing_ok=True)  # first: it must not stand beside other weights
             checkpoints.clear("best", "last")
@@ -80,7 +84,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         try:
             outcome = loop(model, method, task, data, settings, recorder, tokenizer.pad_token_id, checkpoints, state)
             code["commits"] = checkpoints.commits
-            result = results.build(run, resolved, data, outcome, code, inputs)
+            result = results.build(run, resolved, data, outcome, code, inputs, checkpoints.digests())
             if distributed.is_main():
                 results.write(run_dir, result)
                 checkpoints.clear()
@@ -95,6 +99,15 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
             recorder.finish(status, summary)
             distributed.stop()
     return result, where
+
+
+def finished_meanwhile(run_dir: Path, resolved: dict, inputs: dict) -> dict | None:
+    """The result that another process wrote between the first look and the lock; the same in every process."""
+    from increlora import distributed
+
+    if not any(distributed.gather((run_dir / result_files.FILE_NAME).exists())):
+        return None
+    return results.stored(run_dir, resolved, lambda: inputs)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,21 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
             f"cannot write {path}: {first_line(error)}.\n"
             "Existing files are complete. Free some space or repair the folder; the same command then continues."
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a kill or a full disk leaves what was there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:

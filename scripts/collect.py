@@ -9,11 +9,12 @@ the name is kept: where it lay on one machine is of no use to others.
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from increlora import result_files
-from increlora.files import as_json
+from increlora.files import as_json, write_text
 from increlora.glue import config
 
 DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
@@ -25,6 +26,16 @@ def published(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"data": result["data"] | {"source": source.name if source.is_absolute() else str(source)}}
 
 
+def unclean(code: Mapping[str, Any]) -> str | None:
+    """Why the code of a run is not one clean commit; None if it is."""
+    commits = code.get("commits", [])
+    if len(commits) > 1:
+        return f"it ran on {', '.join(commits)}"
+    if code["commit"] is None or code["dirty"] is None:
+        return "its commit is not known (git was absent, or did not read the repository)"
+    return "the tree had uncommitted changes" if code["dirty"] else None
+
+
 @config.guarded
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,15 +45,14 @@ def main() -> None:
     taken = 0
     for path in sorted(arguments.source.rglob(result_files.FILE_NAME)):
         result = result_files.read(path)
-        commits = result["code"].get("commits", [])
-        if (result["code"]["dirty"] or len(commits) > 1) and not arguments.dirty:
-            reason = f"it ran on {', '.join(commits)}" if len(commits) > 1 else "the tree had uncommitted changes"
+        if (reason := unclean(result["code"])) and not arguments.dirty:
             print(f"left out, {reason}: {path}", file=sys.stderr)
             continue
-        target = DESTINATION / path.parent.relative_to(arguments.source).with_suffix(".json")
+        of_run = path.parent.relative_to(arguments.source)
+        target = DESTINATION / of_run.with_name(f"{of_run.name}.json")  # with_suffix would cut lr_0.1 at the dot
         target.parent.mkdir(parents=True, exist_ok=True)
         written = json.loads(path.read_text(encoding="utf-8"))  # a file keeps the format that it was written in
-        target.write_text(as_json(published(written), indent=1) + "\n", encoding="utf-8")
+        write_text(target, as_json(published(written), indent=1) + "\n")
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
 

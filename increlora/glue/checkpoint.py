@@ -1,11 +1,12 @@
 """Checkpoints that survive a kill at any moment: one safetensors file each, written completely or not at all.
 
-A file holds tensors and, in its header, one JSON document. Nothing is pickled. The previous file is
-kept until the new one is complete: write, fsync, rename.
+A file holds tensors and, in its header, one JSON document and a checksum of both. Nothing is pickled. The previous
+file is kept until the new one is complete: write, fsync, rename.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 
 from increlora.errors import UserError, first_line
 from increlora.files import writing
+from increlora.glue.digest import sha256
 from increlora.glue.identity import changed_since
 from increlora.method import Method
 from increlora.result_files import up_to_date
 
 log = logging.getLogger(__name__)
-FORMAT = 2  # 2: components lie in the bank
+FORMAT = 3  # 2: components lie in the bank; 3: with a checksum
+READABLE = (2, FORMAT)
 TENSOR = "tensor:"  # marks the place of a tensor in the JSON document
 NUMBER = "number:"  # marks a number that is not finite, which JSON has no word for
 
@@ -47,7 +50,8 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
         UserError: the disk is full, or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps({"format": FORMAT, "document": _without_tensors(document, tensors, "")}, allow_nan=False)
+    plain = json.loads(json.dumps(_without_tensors(document, tensors, ""), allow_nan=False))
+    text = json.dumps({"format": FORMAT, "checksum": _checksum(plain, tensors), "document": plain})
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path, SafetensorError):
         save_file(tensors, temporary, metadata={"increlora": text})  # with several keys their order would be random
@@ -67,20 +71,33 @@ def read(path: Path) -> dict[str, Any]:
     """What `write` wrote.
 
     Raises:
-        UserError: the file is truncated, is not a checkpoint, or has another format.
+        UserError: the file is truncated or damaged, is not a checkpoint, or has another format.
     """
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["increlora"])
-            if header["format"] != FORMAT:
+            if header["format"] not in READABLE:
                 raise UserError(
                     f"{path} is of checkpoint format {header['format']}, this version reads {FORMAT}: use the "
                     "version that wrote it, or run again with overwrite=true"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return _with_tensors(header["document"], tensors)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        document = header["document"]
+        if (header["format"] > 2 or "checksum" in header) and header["checksum"] != _checksum(document, tensors):
+            raise UserError(f"{path} is damaged: its content does not have its checksum")
+        return _with_tensors(document, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is truncated or not a checkpoint ({first_line(error)})") from None
+
+
+def _checksum(document: Any, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over the JSON document, and over name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def previous(path: Path) -> Path:
@@ -202,6 +219,10 @@ class Checkpoints:
     def keep(self, name: str, state: Mapping[str, Any]) -> None:
         """Write the trained weights and the method's structure to `<name>.safetensors`."""
         write(self.path(name), {"identity": self.identity, "state": state})
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the weights that are kept, by name."""
+        return {name: sha256(self.path(name)) for name in ("best", "last") if self.path(name).exists()}
 
     def clear(self, *names: str) -> None:
         """Delete the checkpoints, and the weights kept under these names; others stay."""

@@ -1,8 +1,10 @@
 """The trained model of a run directory, rebuilt from its result file and one of its checkpoints.
 
-The result file names the classes to build, as a YAML of `configs/` does: trust it as you trust code.
+The result file names the classes to build. Only classes of this project are built, and of packages that the person at
+the keyboard names (`trust=PACKAGE`): a file of somebody else's runs no code.
 """
 
+import importlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from increlora.errors import UserError
 from increlora.glue import checkpoint, config, identity, results, token_cache
 from increlora.glue.backbone import Backbone
 from increlora.glue.batching import collate, evaluation_batches, to_device
+from increlora.glue.digest import sha256
 from increlora.glue.settings import Settings
 from increlora.glue.tasks import Examples, Task
 from increlora.method import Method
@@ -31,6 +34,7 @@ OVERRIDES = {
     "device": "train.device",
     "precision": "train.precision",
 }
+TRUSTED = ("increlora", "baselines")
 WORDS = {"true": True, "false": False, "null": None}
 CHUNK = 16  # batches that are sorted by length together
 
@@ -94,7 +98,8 @@ def load(run_dir: Path, name: str = "best", overrides: Sequence[str] = ()) -> Tr
     Args:
         run_dir: the directory that holds `result.json` and the checkpoints.
         name: `best` (on dev) or `last`.
-        overrides: `key=value` for the keys of `OVERRIDES`: where files lie and where to compute.
+        overrides: `key=value` for the keys of `OVERRIDES`: where files lie and where to compute; and
+            `trust=PACKAGE`, whose classes may be built too.
 
     Raises:
         UserError: no finished run, a checkpoint that is missing, broken or of another run, or a backbone or
@@ -123,15 +128,55 @@ def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfi
     """The configuration of a finished run, for this machine.
 
     Raises:
-        UserError: an override that would make it another run.
+        UserError: an override that would make it another run, or a class that is not trusted.
     """
     cfg = OmegaConf.create(result_files.up_to_date(stored))
+    overrides, named = parted(overrides)
+    refuse_strangers(OmegaConf.to_container(cfg), (*TRUSTED, *named))
     for override in ("device=auto", "precision=fp32", *overrides):
         key, _, value = override.lstrip("+").partition("=")
         if key not in OVERRIDES:
             raise UserError(f"'{override}': of a finished run only {', '.join(OVERRIDES)} can be set (key=value)")
         OmegaConf.update(cfg, OVERRIDES[key], WORDS.get(value, value), force_add=True)
     return cfg
+
+
+def parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides without `trust=`, and the packages that it names."""
+    trust = [override.removeprefix("trust=") for override in overrides if override.startswith("trust=")]
+    return [o for o in overrides if not o.startswith("trust=")], [name for names in trust for name in names.split(",")]
+
+
+def refuse_strangers(config: Any, trusted: Sequence[str]) -> None:
+    """Return if every class that a configuration names is one of a trusted package.
+
+    Raises:
+        UserError: another class, or something that is not a class.
+    """
+    if isinstance(config, list):
+        for item in config:
+            refuse_strangers(item, trusted)
+    if not isinstance(config, dict):
+        return
+    for value in config.values():
+        refuse_strangers(value, trusted)
+    if (name := config.get("_target_")) is not None and not _is_of(str(name), trusted):
+        raise UserError(
+            f"the run's configuration asks for {str(name)[:100]!r}, which is not a class of {', '.join(trusted)}.\n"
+            "If you know the package and trust the run, add trust=PACKAGE."
+        )
+
+
+def _is_of(name: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted name is a class that a package defines; nothing else is imported to find out."""
+    if not name.startswith(tuple(f"{package}." for package in packages)):
+        return False
+    module, _, leaf = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), leaf, None)
+    except (ImportError, ValueError):
+        return False
+    return isinstance(found, type) and found.__module__.startswith(tuple(packages))
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -151,6 +196,12 @@ def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Structure and weights in a checkpoint that belongs to the result."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the run's weights are needed beside its {result_files.FILE_NAME}")
+    recorded = result.get("weights", {}).get(path.stem)  # older results do not say
+    if recorded is not None and sha256(path) != recorded:
+        raise UserError(
+            f"{path} is not the file of weights that {result_files.FILE_NAME} is about (its sha256 differs): it was "
+            "changed, or written by a run that was stopped. Run again with overwrite=true."
+        )
     document = checkpoint.read(path)
     processes = document["identity"].get("processes", 1)
     changed = identity.changed_since(

@@ -33,10 +33,15 @@ def describe(command: Sequence[str], device: str) -> dict[str, Any]:
 
 
 def code_state(device: str) -> dict[str, Any]:
-    """Commit, whether the tree is dirty, versions of what computes, the machine and the number of processes."""
+    """Commit, whether the tree is dirty, versions of what computes, the machine and the number of processes.
+
+    Without git, or in a repository that git refuses to read, commit and `dirty` are None: unknown is not clean.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changed = [_git("status", "--porcelain", *which) for which in (("--untracked-files=no",), SOURCES)]
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no") or _git("status", "--porcelain", *SOURCES)),
+        "commit": commit,
+        "dirty": None if commit is None or None in changed else any(changed),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": device,
         "processes": distributed.processes(),

@@ -1,13 +1,12 @@
 """One result file per run: build it, write it atomically, compare it with what is asked for, show it."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from increlora.errors import UserError
-from increlora.files import as_json, writing
+from increlora.files import as_json, write_text
 from increlora.glue.identity import differences
 from increlora.matrices import rank_map
 from increlora.result_files import FILE_NAME, FORMAT, padding_share, read
@@ -27,12 +26,14 @@ def build(
     outcome: "Outcome",
     code: Mapping[str, Any],
     inputs: Mapping[str, str],
+    weights: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of a result file.
 
     Args:
         code: `machine.code_state` from before the training.
         inputs: digests of what was read, by name (`identity.inputs`).
+        weights: sha256 of the files of weights beside the result, by name (best, last).
 
     There are entries for `best` (on the primary evaluation split), for `last` and, with a held-out part of train, for
     `clean` (chosen there, scored on the primary split). Scores, ranks and parameters of an entry are of one checkpoint.
@@ -48,6 +49,7 @@ def build(
         "run": dict(run),
         "code": dict(code),
         "inputs": dict(inputs),
+        "weights": dict(weights),
         "data": {
             "source": data.source,
             "sizes": data.sizes,
@@ -88,11 +90,7 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = run_dir / FILE_NAME
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    text = as_json(result, indent=1) + "\n"
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+    write_text(path, as_json(result, indent=1) + "\n")
     return path
 
 

@@ -84,7 +84,8 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
 def test_another_version_is_refused(tmp_path, monkeypatch):
     checkpoints = filled(tmp_path)
     monkeypatch.setattr(checkpoint, "FORMAT", 7)
-    with pytest.raises(UserError, match="is of checkpoint format 2, this version reads 7"):
+    monkeypatch.setattr(checkpoint, "READABLE", (7,))
+    with pytest.raises(UserError, match="is of checkpoint format 3, this version reads 7"):
         checkpoints.load()
 
 

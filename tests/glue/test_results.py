@@ -32,7 +32,7 @@ def made() -> dict:
     data = TaskData(split, {"dev": split, "holdout": split}, "folder", {"train": 9}, "abc", {"train": 0}, {})
     cost = {"steps": 30, "seconds": 3.0, "tokens": 100, "padded_tokens": 5}
     outcome = Outcome("finished", dict.fromkeys(NAMES, 1), curve, [{"step": 15, "added": {}, "scores": {}}], cost, 0)
-    return results.build(RUN, CONFIG, data, outcome, machine.code_state("cpu"), {"data": "abc", "base": "b"})
+    return results.build(RUN, CONFIG, data, outcome, machine.code_state("cpu"), {"data": "abc", "base": "b"}, {})
 
 
 def test_scores_ranks_and_parameters_come_from_one_checkpoint_each():
