@@ -280,8 +280,8 @@ class IncreLoRA(Method):
             )
         if not self.bank.passed and not any(watcher.took_part for watcher in self.watchers):
             raise UserError(
-                "no forward pass with gradients came between begin_step and before_step: "
-                "call begin_step before the forward"
+                "no forward pass with gradients came between begin_step and before_step: begin_step comes before the "
+                "forward"
             )
 
     def allocate(self, step: int) -> None:
