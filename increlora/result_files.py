@@ -3,6 +3,7 @@
 The benchmark writes and reads them, the analysis reads nothing else; so this module belongs to neither room.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from increlora.errors import UserError, first_line
+from increlora.files import as_json
 
-FORMAT = 2  # `_upgraded` says how earlier ones differ
+FORMAT = 3  # with a checksum; `_upgraded` says how earlier ones differ
 FILE_NAME = "result.json"
 BACKBONE = "increlora.glue.backbone.Backbone"
 # the classes that results name and where they are now: a moved file makes no run another one
@@ -37,7 +39,8 @@ def read(path: Path) -> dict[str, Any]:
     """One result file of any format, as if it were of today's; every reader of results comes here.
 
     Raises:
-        UserError: it is not there, is not JSON, is of a later format, or its parts are not those of a result.
+        UserError: it is not there, is not JSON, is of a later format, does not have its checksum, or its parts are not
+            those of a result.
     """
     if not path.exists():
         refuse_unfinished(path.parent)
@@ -48,10 +51,26 @@ def read(path: Path) -> dict[str, Any]:
     number = result.get("format", 1) if isinstance(result, dict) else FORMAT
     if number not in range(1, FORMAT + 1):
         raise UserError(f"{path} is of result format {number}, this code reads 1 to {FORMAT}: use a later version")
+    claims = isinstance(result, dict) and (number > 2 or "checksum" in result)
+    if claims and result.get("checksum") != _checksum(result):
+        raise UserError(f"{path} was changed or is damaged: its content does not have its checksum")
+    if isinstance(result, dict):
+        result.pop("checksum", None)
     try:
         return _upgraded(result) if isinstance(result, dict) else result
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} is not the result of a run: {first_line(error)}") from None
+
+
+def sealed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as plain data with the checksum of its content."""
+    plain = json.loads(as_json(result))
+    return plain | {"checksum": _checksum(plain)}
+
+
+def _checksum(result: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in result.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _upgraded(result: dict[str, Any]) -> dict[str, Any]:

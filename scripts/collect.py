@@ -52,7 +52,8 @@ def main() -> None:
         target = DESTINATION / of_run.with_name(f"{of_run.name}.json")  # with_suffix would cut lr_0.1 at the dot
         target.parent.mkdir(parents=True, exist_ok=True)
         written = json.loads(path.read_text(encoding="utf-8"))  # a file keeps the format that it was written in
-        write_text(target, as_json(published(written), indent=1) + "\n")
+        kept = published(written)
+        write_text(target, as_json(result_files.sealed(kept) if "checksum" in kept else kept, indent=1) + "\n")
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
 

@@ -9,7 +9,7 @@ from increlora.errors import UserError
 from increlora.files import as_json, write_text
 from increlora.glue.identity import differences
 from increlora.matrices import rank_map
-from increlora.result_files import FILE_NAME, FORMAT, padding_share, read
+from increlora.result_files import FILE_NAME, FORMAT, padding_share, read, sealed
 
 if TYPE_CHECKING:  # reading results must not import torch
     from increlora.glue.evaluate import Evaluation
@@ -90,7 +90,7 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = run_dir / FILE_NAME
-    write_text(path, as_json(result, indent=1) + "\n")
+    write_text(path, as_json(sealed(result), indent=1) + "\n")
     return path
 
 

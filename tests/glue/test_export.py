@@ -13,6 +13,7 @@ from finished_runs import SYNTHETIC, base_model, finished
 from in_process import call, load
 from safetensors.torch import load_file
 
+from increlora import result_files
 from increlora.errors import UserError
 from increlora.glue import export, finished_run
 from increlora.glue.model_card import model_card
@@ -341,7 +342,7 @@ def copied(lora_run: Path, folder: Path, **changes) -> Path:
     """The run directory with some of result.json replaced."""
     folder.mkdir()
     result = json.loads((lora_run / "result.json").read_text()) | changes
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result_files.sealed(result)))
     (folder / "best.safetensors").write_bytes((lora_run / "best.safetensors").read_bytes())
     return folder
 

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, TINY_KINDS
 from hydra.utils import get_class
 
-from increlora import result_files
+from increlora import files, result_files
 from increlora.errors import UserError
 from increlora.glue import machine, results
 from increlora.glue.evaluate import Evaluation
@@ -71,7 +71,7 @@ def test_a_result_that_cannot_be_written_is_said_in_words(tmp_path, monkeypatch)
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
         results.write(tmp_path, made())
     assert results.stored(tmp_path, CONFIG)["cost"]["steps"] == 30

@@ -6,6 +6,8 @@ from conftest import ROOT
 from finished_runs import SYNTHETIC, finished
 from in_process import call, load
 
+from increlora import result_files
+
 script = load(ROOT / "scripts" / "collect.py")
 
 
@@ -13,19 +15,32 @@ def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_p
     run_dir = finished(tmp_path / "runs" / "tiny" / "seed41", "backbone=tiny", *SYNTHETIC, "method=lora")
     result = json.loads((run_dir / "result.json").read_text())
     clean = result | {"code": result["code"] | {"dirty": False}, "data": result["data"] | {"source": "/home/me/glue"}}
-    (run_dir / "result.json").write_text(json.dumps(clean, indent=1))
-    for name, code in (("seed42", {"dirty": True}), ("seed43", {"commits": ["c0ffee", "decade"]})):
+    (run_dir / "result.json").write_text(json.dumps(result_files.sealed(clean), indent=1))
+    for name, code in (
+        ("seed42", {"dirty": True}), ("seed43", {"commits": ["c0ffee", "decade"]}), ("seed44", {"commit": None}),
+    ):  # fmt: skip
         other = tmp_path / "runs" / "tiny" / name
         other.mkdir()
-        (other / "result.json").write_text(json.dumps(clean | {"code": clean["code"] | code}))
+        changed = result_files.sealed(clean | {"code": clean["code"] | code})
+        (other / "result.json").write_text(json.dumps(changed))
     monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
     assert call(script, monkeypatch, tmp_path / "runs") == 0
     said = capsys.readouterr()
     assert "1 results copied" in said.out and "uncommitted changes" in said.err and "seed42" in said.err
     assert "it ran on c0ffee, decade" in said.err and "seed43" in said.err
     copied = json.loads((tmp_path / "results" / "runs" / "tiny" / "seed41.json").read_text())
-    assert copied == clean | {"data": clean["data"] | {"source": "glue"}}
+    assert copied == result_files.sealed(clean | {"data": clean["data"] | {"source": "glue"}})
+    assert "its commit is not known" in said.err and "seed44" in said.err
     assert len(list((tmp_path / "results").rglob("*.json"))) == 1
+
+
+def test_names_with_a_dot_stay_two_files(tmp_path, monkeypatch, capsys):
+    run_dir = finished(tmp_path / "runs" / "lr_0.1", "backbone=tiny", *SYNTHETIC, "method=lora")
+    (tmp_path / "runs" / "lr_0.2").mkdir()
+    (tmp_path / "runs" / "lr_0.2" / "result.json").write_text((run_dir / "result.json").read_text())
+    monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
+    assert call(script, monkeypatch, tmp_path / "runs", "--dirty") == 0
+    assert sorted(p.name for p in (tmp_path / "results" / "runs").iterdir()) == ["lr_0.1.json", "lr_0.2.json"]
 
 
 def test_a_hub_and_a_relative_folder_are_named_as_they_are():
