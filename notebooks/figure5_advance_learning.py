@@ -34,9 +34,9 @@ from increlora.analysis import figures, selection
 figures.use_style()
 
 
-def penalties(run):
+def penalties(run, of="orthogonal_penalty"):
     """(step, penalty) at every evaluation that recorded it."""
-    points = [(point["step"], point.get("orthogonal_penalty")) for point in run["curve"]]
+    points = [(point["step"], point.get(of)) for point in run["curve"]]
     return [(step, value) for step, value in points if value is not None]
 
 

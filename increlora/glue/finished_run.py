@@ -148,18 +148,20 @@ def parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def refuse_strangers(config: Any, trusted: Sequence[str]) -> None:
-    """Return if every class that a configuration names is one of a trusted package.
+    """Return if every class that a configuration names is one of a trusted package, and nothing is left to resolve.
 
     Raises:
-        UserError: another class, or something that is not a class.
+        UserError: another class, something that is not a class, or an interpolation, which could make one later.
     """
+    if isinstance(config, str) and "${" in config:
+        raise UserError(f"the run's configuration has the interpolation {config[:100]!r}; run.py writes none")
     if isinstance(config, list):
         for item in config:
             refuse_strangers(item, trusted)
     if not isinstance(config, dict):
         return
-    for value in config.values():
-        refuse_strangers(value, trusted)
+    for part in (*config, *config.values()):
+        refuse_strangers(part, trusted)
     if (name := config.get("_target_")) is not None and not _is_of(str(name), trusted):
         raise UserError(
             f"the run's configuration asks for {str(name)[:100]!r}, which is not a class of {', '.join(trusted)}.\n"
@@ -176,7 +178,7 @@ def _is_of(name: str, packages: Sequence[str]) -> bool:
         found = getattr(importlib.import_module(module), leaf, None)
     except (ImportError, ValueError):
         return False
-    return isinstance(found, type) and found.__module__.startswith(tuple(packages))
+    return isinstance(found, type) and f"{found.__module__}.".startswith(tuple(f"{package}." for package in packages))
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -196,13 +198,13 @@ def _state(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Structure and weights in a checkpoint that belongs to the result."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the run's weights are needed beside its {result_files.FILE_NAME}")
+    document = checkpoint.read(path)
     recorded = result.get("weights", {}).get(path.stem)  # older results do not say
     if recorded is not None and sha256(path) != recorded:
         raise UserError(
             f"{path} is not the file of weights that {result_files.FILE_NAME} is about (its sha256 differs): it was "
             "changed, or written by a run that was stopped. Run again with overwrite=true."
         )
-    document = checkpoint.read(path)
     processes = document["identity"].get("processes", 1)
     changed = identity.changed_since(
         result_files.up_to_date(document["identity"]),

@@ -65,5 +65,8 @@ def test_a_result_file_builds_no_class_of_strangers(run_dir, tmp_path, monkeypat
         with pytest.raises(UserError, match=r"which is not a class of increlora, baselines") as error:
             finished_run.run_config(result["config"], [])
         assert "trust=PACKAGE" in str(error.value)
+    for hidden in ("${oc.create:{_target_:pathlib.PurePath}}", "${oc.env:HOME}"):
+        with pytest.raises(UserError, match="has the interpolation"):
+            finished_run.run_config(result["config"] | {"task": {"labels": [hidden]}}, [])
     result["config"]["task"]["_target_"] = "collections.OrderedDict"
     assert finished_run.run_config(result["config"], ["trust=collections"]).task._target_ == "collections.OrderedDict"
