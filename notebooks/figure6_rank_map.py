@@ -42,7 +42,7 @@ def mean_maps(panels):
     return maps
 
 
-def draw(panels, maps, height, name):
+def drawn(panels, maps, height):
     """One map per task and method, all on one scale."""
     highest = max(cells.max() for *_, cells in maps.values())
     figure, grid = plt.subplots(
@@ -59,7 +59,7 @@ def draw(panels, maps, height, name):
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
     figure.colorbar(image, ax=grid, label="rank at the end, mean over seeds", shrink=0.6, aspect=30)
-    figures.save(figure, name)
+    return figure
 
 
 def shares(maps):
@@ -81,7 +81,8 @@ def shares(maps):
 base_panels = selection.panels(METHODS, needed=["increlora"], experiments=[base_size.EXPERIMENT])
 base_maps = mean_maps(base_panels)
 print(selection.source_of(base_panels))
-draw(base_panels, base_maps, 8.6, "figure6_rank_map")
+figure = drawn(base_panels, base_maps, 8.6)
+figures.save(figure, "figure6_rank_map")
 
 # %%
 print("share of all ranks by kind of matrix")
@@ -127,7 +128,8 @@ figures.save(figure, "figure6_against_published")
 panels = selection.panels(METHODS, needed=METHODS)
 maps = mean_maps(panels)
 print(selection.source_of(panels))
-draw(panels, maps, 5.2, "figure6_rank_map_minilm")
+figure = drawn(panels, maps, 5.2)
+figures.save(figure, "figure6_rank_map_minilm")
 
 # %%
 print("share of all ranks by kind of matrix")

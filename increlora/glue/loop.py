@@ -38,7 +38,7 @@ class Outcome:
     start_ranks: dict[str, int]
     curve: list[Evaluation]
     allocations: list[dict[str, Any]]
-    cost: dict[str, float]
+    cost: dict[str, float | None]
     skipped_steps: int
 
     def best(self, split: str) -> Evaluation | None:

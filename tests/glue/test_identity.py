@@ -70,7 +70,7 @@ def test_run_py_records_it_and_finds_the_run_again_whatever_is_said_of_it(tmp_pa
     assert first.returncode == 0, first.stderr
     (path,) = tmp_path.rglob("result.json")
     result = json.loads(path.read_text())
-    assert result["format"] == 2 and result["run"]["recipe"] is None and "recipe=null" in result["run"]["overrides"]
+    assert result["format"] == 3 and result["run"]["recipe"] is None and "recipe=null" in result["run"]["overrides"]
     assert set(result["inputs"]) == {"data"}  # random weights: the configuration says all
     again = run("~recipe", "settings_from='a, comma'", "device=auto")
     assert again.returncode == 0 and "this run was finished before" in again.stdout, again.stderr
@@ -113,7 +113,9 @@ def test_a_sweep_runs_once_what_differs_in_words_only():
 
 
 def test_a_known_result_is_found_wherever_it_lies(tmp_path):
-    path = next(RUNS.glob("minilm/r2/increlora/cola/method.advance_learning=True*/seed41.json"))  # named by words too
+    path = next(
+        RUNS.glob("minilm/r2/increlora/stsb/experiment=study_c,method.advance_learning=True*/seed47.json")
+    )  # named by words too
     run, words = result_files.read(path)["run"], ["settings_from='other words'"]
     overrides = [*(f"{key}={run[key]}" for key in identity.KEYS), *run["overrides"], *words]
     asked = sweep_plan.Run({}, overrides=overrides, directory=tmp_path / "nowhere")
@@ -179,8 +181,8 @@ def test_format_1_is_read_as_todays(tmp_path, overrides, recipe):
 
 
 def test_a_later_format_is_refused(tmp_path):
-    for number in (3, "2", None):
-        with pytest.raises(UserError, match=f"is of result format {number}, this code reads 1 to 2"):
+    for number in (4, "3", None):
+        with pytest.raises(UserError, match=f"is of result format {number}, this code reads 1 to 3"):
             result_files.read(written(tmp_path / "result.json", made() | {"format": number}))
 
 

@@ -43,6 +43,11 @@ def pictures(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
+def without_runs(notebook) -> bool:
+    """Whether a notebook says that its runs are still to be made, and how."""
+    return any(re.match(r"No runs yet: python scripts/sweep\.py \w+", text) for text in words(notebook))
+
+
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
     """The committed results in a folder of their own, so that figures are written there."""
@@ -65,7 +70,7 @@ def test_a_notebook_shows_what_the_results_say(source, elsewhere):
     assert pictures(notebook) == pictures(committed(source))
     saved = re.findall(r'figures\.save\(figure, "(\w+)"\)', source.read_text(encoding="utf-8"))
     written = {path.stem for path in (elsewhere / "figures").glob("*.svg")}
-    assert written and written <= set(saved)
+    assert (written or without_runs(notebook)) and written <= set(saved)
     assert all((RESULTS / "figures" / f"{name}.svg").exists() for name in written)
 
 
@@ -77,15 +82,16 @@ def test_a_pair_is_in_step_and_holds_its_outputs():
             assert [(cell.cell_type, cell.source) for cell in notebook.cells] == cells
             code = [cell for cell in notebook.cells if cell.cell_type == "code"]
             assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-            assert pictures(notebook) and notebook.cells[0].source.startswith("# ")
-            assert re.search(r"\bn = \d|seeds? ", " ".join(words(notebook)))
+            assert notebook.cells[0].source.startswith("# ")
+            if not without_runs(notebook):
+                assert pictures(notebook) and re.search(r"\bn = \d|seeds? ", " ".join(words(notebook)))
 
 
 def test_a_committed_notebook_is_small_and_tells_nothing_of_the_machine():
     for source in SOURCES:
         with naming(source):
             path = source.with_suffix(".ipynb")
-            assert path.stat().st_size < 500_000
+            assert path.stat().st_size < 1_000_000
             notebook = json.loads(path.read_text(encoding="utf-8"))
             assert set(notebook["metadata"]) == {"jupytext", "kernelspec", "language_info"}
             assert notebook["metadata"]["language_info"] == {"name": "python"}
