@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,43 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: give the path to write to, which then takes the place of `path`.
+
+    A kill or a full disk leaves what was there. A link keeps leading to its target, and an existing file its rights.
+
+    Raises:
+        UserError: it cannot be written, or is no regular file (a folder, device or pipe).
+    """
+    with writing(path):
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path} is no regular file; give the name of a file")
+        temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            if target.exists():
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a kill or a full disk leaves what was there.
+    """Write a text file whole or not at all (`replacing`).
 
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def shown(text: str, most: int = 200) -> str:
+    """Somebody's text for a message: on one line, without codes that a terminal would obey, and not too long."""
+    cut = text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import BinaryIO, TextIO
 from torch import Tensor
 
 from increlora.errors import UserError
-from increlora.files import as_json, writing
+from increlora.files import as_json, replacing, shown, writing
 from increlora.glue import config, finished_run
 from increlora.glue.tasks import Task
 from increlora.glue.tsv import decoded
@@ -106,9 +105,11 @@ def tsv_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[s
 
 def place_of(field: str, task: Task, header: list[str], name: str) -> int:
     for column in (field, task.column(field)):
+        if header.count(column) > 1:
+            raise UserError(f"{name}, line 1: {header.count(column)} columns are called {column}; one must be")
         if column in header:
             return header.index(column)
-    raise UserError(f"{name}, line 1: no column {field}; the header has {', '.join(header) or 'nothing'}")
+    raise UserError(f"{name}, line 1: no column {field}; the header has {shown(', '.join(header)) or 'nothing'}")
 
 
 def json_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[str, ...]]:
@@ -127,6 +128,10 @@ def json_text(row: object, field: str, where: str) -> str:
         raise UserError(f"{where}: no field '{field}'; give one object per line, with every field of the task")
     if not isinstance(row[field], str):
         raise UserError(f"{where}: '{field}' is not a text but {json.dumps(row[field])[:60]}")
+    try:
+        row[field].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: '{field}' has half of a character ({error.object[error.start]!a})") from None
     return row[field]
 
 
@@ -141,15 +146,12 @@ def destination(output: Path | None) -> Iterator[TextIO]:
     """Where predictions go; a file is there whole or not at all."""
     if output is None:
         yield sys.stdout
-        return
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with writing(output), temporary.open("w", encoding="utf-8", newline="") as out:
+    elif output.exists() and not (output.is_file() or output.is_dir()):  # a device or a pipe takes what comes
+        with writing(output), output.open("w", encoding="utf-8", newline="") as out:
             yield out
-        with writing(output):
-            os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    else:
+        with replacing(output) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
+            yield out
 
 
 def write_tsv(chunks: Iterable[Tensor], labels: list[str] | None, out: TextIO) -> None:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from increlora import result_files
 from increlora.analysis.selection import rank_history
 from increlora.errors import UserError
-from increlora.files import writing
+from increlora.files import write_text
 from increlora.glue import config, identity
 from increlora.matrices import kind_of, layer_of, rank_map
 
@@ -41,8 +41,7 @@ def main() -> None:
     path = arguments.run / result_files.FILE_NAME if arguments.run.is_dir() else arguments.run
     output = arguments.output or path.with_suffix(".html")
     page = report(read(path))
-    with writing(output):
-        output.write_text(page, encoding="utf-8")
+    write_text(output, page)
     print(f"report: {output}")
 
 

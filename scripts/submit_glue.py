@@ -9,7 +9,6 @@ test sets come from the hub, or from a folder in the public GLUE layout (`RTE/te
 """
 
 import argparse
-import os
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from increlora.errors import UserError
-from increlora.files import writing
+from increlora.files import replacing
 from increlora.glue import config, finished_run
 from increlora.glue.finished_run import Trained
 from increlora.glue.tasks import Task
@@ -168,17 +167,11 @@ def words(task: Task, part: Part, logits: Tensor) -> list[str]:
 
 def write(output: Path, files: Mapping[str, Sequence[str]]) -> None:
     """The zip, whole or not at all; equal predictions give equal bytes."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with writing(output):
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name in PARTS:
-                    rows = "".join(f"{index}\t{word}\n" for index, word in enumerate(files[name]))
-                    member = zipfile.ZipInfo(f"{name}.tsv")  # its date is fixed
-                    archive.writestr(member, f"index\tprediction\n{rows}", zipfile.ZIP_DEFLATED)
-            os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in PARTS:
+            rows = "".join(f"{index}\t{word}\n" for index, word in enumerate(files[name]))
+            member = zipfile.ZipInfo(f"{name}.tsv")  # its date is fixed
+            archive.writestr(member, f"index\tprediction\n{rows}", zipfile.ZIP_DEFLATED)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from increlora.analysis.glue_table import glue
 from increlora.analysis.looks import TASKS, position
 from increlora.analysis.study_tables import ablation, learning_rates, study
 from increlora.analysis.tables import Table, best_of_every_metric, runs_table
+from increlora.files import write_text
 from increlora.glue import config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,7 @@ def main() -> int:
     for path in stale:
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
+            write_text(path, wanted[path])
         print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
     return int(check and bool(stale))
 

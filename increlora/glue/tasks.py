@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from increlora.errors import UserError
+from increlora.files import shown
 from increlora.glue import token_cache
 from increlora.glue.tsv import read_tsv
 from increlora.streams import stream
@@ -325,8 +326,8 @@ class Task:
         neither = [word for text, word in first.items() if text not in names and text not in ids]
         if neither:
             raise UserError(
-                f"{neither[0].where}: unknown label {neither[0].text!r}; task {self.name} knows {', '.join(names)}"
-                f" or 0 to {self.num_labels - 1}"
+                f"{neither[0].where}: unknown label '{shown(neither[0].text)}'; "
+                f"task {self.name} knows {', '.join(names)} or 0 to {self.num_labels - 1}"
             )
         no_name, no_id = (next((w for text, w in first.items() if text not in known), None) for known in (names, ids))
         if no_name and no_id:
@@ -347,7 +348,7 @@ class Task:
         try:
             score = float(word.text)
         except ValueError:
-            raise UserError(f"{word.where}: the score {word.text!r} is not a number") from None
+            raise UserError(f"{word.where}: the score '{shown(word.text)}' is not a number") from None
         if not math.isfinite(score) or not low <= score <= high:
             allowed = "finite" if self.score_range is None else f"from {low:g} to {high:g}"
             raise UserError(f"{word.where}: the score {word.text} is not allowed; scores must be {allowed}")

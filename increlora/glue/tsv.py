@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from increlora.errors import UserError
+from increlora.files import shown
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -82,6 +83,9 @@ def _positions(path: Path, first: Sequence[str], columns: Sequence[str | int], h
     names: list[str | int] = [*range(len(first))] if headless else [*first]
     missing = [str(column) for column in columns if column not in names]
     if missing:
-        have = f"{len(first)} columns and no header" if headless else f"the columns {', '.join(first)}"
+        have = f"{len(first)} columns and no header" if headless else f"the columns {shown(', '.join(first))}"
         raise UserError(f"{path}, line 1: no column {', '.join(missing)}; the file has {have} (see task.columns)")
+    for column in columns:
+        if names.count(column) > 1:
+            raise UserError(f"{path}, line 1: {names.count(column)} columns are called {column}; one must be")
     return [names.index(column) for column in columns]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -158,6 +159,9 @@ def test_files_of_other_systems(run_dir, expected, tmp_path, monkeypatch):
 
 GOOD = ("all dogs are wet", "no dogs are dry")
 BAD = {
+    "half of a character": ("in.jsonl", '{"premise": "a\\ud83d", "hypothesis": "b"}\n', "'premise' has half of a"),
+    "two columns of a name": ("in.tsv", "premise\thypothesis\tpremise\na\tb\tc\n", "2 columns are called premise"),
+    "terminal codes": ("in.tsv", "premise\t\x1b[31mred\na\tb\n", "the header has premise, \\x1b[31mred"),
     "too few fields": ("in.tsv", tsv(GOOD, ("one",)), "in.tsv, line 3: 1 fields, the header has 2"),
     "no such column": ("in.tsv", tsv(header=("a", "b")), "in.tsv, line 1: no column premise; the header has a, b"),
     "an empty file": ("in.tsv", "", "in.tsv, line 1: no column premise; the header has nothing"),
@@ -187,6 +191,23 @@ def test_bad_rows_are_named_and_leave_what_was_there(run_dir, tmp_path, monkeypa
             error = capsys.readouterr().err
             assert said in error and error.startswith("error: ") and error.count("\n") <= 2
             assert (folder / "out").read_text() == "before" and len(list(folder.iterdir())) == 2
+
+
+def test_what_lies_at_the_output_stays_what_it_is(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "in.tsv").write_text(tsv(GOOD))
+    secret, link, pipe = tmp_path / "secret", tmp_path / "link", tmp_path / "pipe"
+    secret.write_text("before")
+    secret.chmod(0o600)
+    link.symlink_to(secret)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for output in (link, pipe):
+        assert call(script, monkeypatch, run_dir, tmp_path / "in.tsv", "--output", output) == 0
+    assert (
+        link.is_symlink() and secret.read_text().startswith("prediction\t") and secret.stat().st_mode & 0o777 == 0o600
+    )
+    assert pipe.is_fifo() and os.read(reader, 9999).decode() == secret.read_text()
+    os.close(reader)
 
 
 def test_an_empty_last_line_is_no_row(run_dir, tmp_path, monkeypatch):
