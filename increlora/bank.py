@@ -435,7 +435,12 @@ class Bank(nn.Module):
 
     def _gather(self, dtype: torch.dtype) -> dict[str, Views]:
         rows = self._concatenated()
-        held = [group.lambda_ for group in self.all_groups if group.lambda_ is not None]
+        # in an open bank, a gradient of zeros would let an optimizer begin with tensors whose allocation is to come
+        held = [
+            group.lambda_.detach() if self.open and not group.trains else group.lambda_
+            for group in self.all_groups
+            if group.lambda_ is not None
+        ]
         lambdas = torch.cat([*held, self._constants])
         found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         for width, index in self._indices().items():
