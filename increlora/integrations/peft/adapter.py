@@ -48,7 +48,7 @@ class Adapter:
         if not config.init_weights:
             self._draw_an_update()
         if config.total_step is not None:
-            self.plan(config.total_step)
+            self._schedule(config.total_step)  # what cannot be done is refused here, not when training begins
 
     def _make(self, method: IncreLoRA, weights: list[Tensor]) -> None:
         method.start(self.shapes, weights, open=True)
@@ -73,17 +73,20 @@ class Adapter:
                 parameter.normal_(0, 1 / self.config.lora_alpha)
 
     def plan(self, total_steps: int) -> None:
-        """Make the tensors of all growths, now that the steps of the run are known.
+        """Make the tensors of all growths: training begins, and the steps of the run are known.
 
         Raises:
             UserError: growth does not fit into these steps.
         """
-        method = self.method
-        if not isinstance(method, Grown):  # which has no growth to plan
-            method.interval, method.init_warmup = self.config.interval_and_warmup(total_steps)
-        with in_words_of_peft():
-            method.plan(total_steps)
+        self._schedule(total_steps)
+        self.method.plan(total_steps)
         self.config.total_step, self.planned = total_steps, True
+
+    def _schedule(self, total_steps: int) -> None:
+        if not isinstance(self.method, Grown):  # which has no growth to plan
+            self.method.interval, self.method.init_warmup = self.config.interval_and_warmup(total_steps)
+        with in_words_of_peft():
+            self.method.schedule(len(self.shapes), total_steps)
 
     @property
     def finished(self) -> bool:

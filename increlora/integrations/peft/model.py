@@ -60,6 +60,7 @@ class IncreLoraModel(BaseTuner):
     ) -> None:  # fmt: skip
         """Adapt the layers that the configuration names, then make the components of all of them at once."""
         self._found = {}
+        others = [(adapter.bank, adapter.bank.like.requires_grad) for adapter in self.adapters.values()]
         everything = self.peft_config[adapter_name].target_modules in (None, "all-linear")
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage,
@@ -74,6 +75,21 @@ class IncreLoraModel(BaseTuner):
         self.increlora_bank[adapter_name] = adapter.bank
         adapter.bank.watch(model)
         adapter.bank.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        for bank, trained in others:  # an adapter that is added changes nothing of those that are there
+            bank.requires_grad_(trained)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Components are in float32 (float64 in a model that is), or on request in the dtype of the base layer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        bank, layers = self.adapters[adapter_name].bank, self.adapters[adapter_name].layers
+        if autocast_adapter_dtype:
+            bank.to(torch.promote_types(bank.like.dtype, torch.float32))
+            return
+        for layer in layers.values():
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+            if dtype is not None and dtype.is_floating_point:
+                bank.to(dtype)
+                return
 
     def _create_and_replace(
         self, peft_config: IncreLoraConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
