@@ -110,9 +110,9 @@ class IncreLoRA(Method):
                    [base.weight for base in bases.values()])  # fmt: skip
         self.plan(total_steps)
         self.freeze_all_but_head(model)
-        self.linears = {name: IncrementalLinear(base, self.bank, name, self.dropout) for name, base in bases.items()}
-        for name, linear in self.linears.items():
-            surgery.replace(model, name, linear)
+        for name, base in bases.items():
+            self.linears[name] = IncrementalLinear(base, self.bank, name, self.dropout)
+            surgery.replace(model, name, self.linears[name])
         self.bank.attach(model)
 
     def start(self, shapes: Mapping[str, tuple[int, int]], weights: Sequence[Tensor], *, open: bool = False) -> None:
@@ -148,6 +148,7 @@ class IncreLoRA(Method):
         self.watchers: list[DeltaGradient] = []
         self.penalties = 0  # gradients of the penalty that have arrived in the step under way
         self.merged = False
+        self.linears: dict[str, Any] = {}  # the layers, or (in PEFT's layers) the updates, by matrix
 
     def plan(self, total_steps: int) -> None:
         """Make the tensors of every later allocation of the run: the first reserves, each growth.

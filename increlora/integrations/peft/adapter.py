@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from increlora.algorithm import START, IncreLoRA
 from increlora.integrations.peft.config import IncreLoraConfig, Refused, in_words_of_peft
-from increlora.integrations.peft.layer import AdapterUpdate, Linear
+from increlora.integrations.peft.layer import Linear
 
 FACTORS = ("increlora_A", "increlora_B", "increlora_E")  # of a matrix: (r, in), (out, r), and the lambdas
 STATE = "increlora_state"
@@ -54,15 +54,10 @@ class Adapter:
         method.start(self.shapes, weights, open=True)
         self.method, self.bank = method, method.bank
         self.planned = False
-        method.linears = {  # type: ignore[assignment]  # what the method asks of them, an update has too
+        method.linears = self.updates = {
             key: layer.update_layer(self.name, self.bank, key, self.config.lora_dropout)
             for key, layer in self.layers.items()
         }
-
-    @property
-    def updates(self) -> dict[str, AdapterUpdate]:
-        """The update of every matrix, by its name."""
-        return self.method.linears  # type: ignore[return-value]
 
     @torch.no_grad()
     def _draw_an_update(self) -> None:

@@ -104,7 +104,7 @@ class IncreLoraConfig(PeftConfig):
         Raises:
             ValueError: a value is out of range; the message has the names of this class.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "target_rank": self.target_r, "init_rank": self.init_r, "rank_step": self.rank_step, "top_h": self.top_h,
             "beta1": self.beta1, "beta2": self.beta2, "orth_weight": self.orth_reg_weight,
             "reserve_lambda": self.reserve_lambda, "alpha": self.lora_alpha, "dropout": self.lora_dropout,

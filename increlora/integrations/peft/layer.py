@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -41,6 +41,14 @@ class IncreLoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("increlora_update",)
     other_param_names = ()
+    # PEFT's, told to the type checker, which reads nothing of PEFT
+    base_layer: nn.Module
+    active_adapters: Any
+    weight: Any
+    get_base_layer: Any
+    get_base_weight: Any
+    set_base_weight: Any
+    _get_base_layer_device_and_dtype: Any
 
     def __init__(self, base_layer: nn.Module):
         self.base_layer = base_layer
@@ -66,9 +74,13 @@ class IncreLoraLayer(BaseTunerLayer):
         self.increlora_update[adapter_name] = update
         return update
 
+    def update(self, adapter_name: str) -> AdapterUpdate:
+        """The update of an adapter."""
+        return cast(AdapterUpdate, self.increlora_update[adapter_name])
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.increlora_update:
-            bank = self.increlora_update[adapter_name].bank
+            bank = self.update(adapter_name).bank
             device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
             if bank.like.device.type != "meta" and device is not None:
                 bank.to(device)
@@ -88,7 +100,7 @@ class Linear(nn.Module, IncreLoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of an adapter in the shape of the weight, in float32."""
         with torch.no_grad():
-            delta = self.increlora_update[adapter].delta()
+            delta = self.update(adapter).delta()
             delta = delta.float() if delta.dtype in (torch.float16, torch.bfloat16) else delta
             return delta.t() if self.fan_in_fan_out else delta
 
@@ -135,7 +147,7 @@ class Linear(nn.Module, IncreLoraLayer):
         in_place = type(self.base_layer) is nn.Linear
         for adapter in self.active_adapters:
             if adapter in self.increlora_update:
-                h = self.increlora_update[adapter](h, x, in_place)
+                h = self.update(adapter)(h, x, in_place)
         return h
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *arguments: Any, **keywords: Any) -> Tensor:
@@ -153,7 +165,7 @@ class Linear(nn.Module, IncreLoraLayer):
         for adapter in dict.fromkeys(adapter_names):
             if adapter != BASE and adapter in self.increlora_update and not self.disable_adapters:
                 rows = [number for number, name in enumerate(adapter_names) if name == adapter]
-                h[rows] = self.increlora_update[adapter](h[rows], x[rows], in_place=False)
+                h[rows] = self.update(adapter)(h[rows], x[rows], in_place=False)
         return h
 
     def extra_repr(self) -> str:
