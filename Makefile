@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 # with few cores, one thread per process is faster for the small models here
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test check lint tables parity notebooks docs
+.PHONY: help install quickstart test check lint tables parity notebooks docs peft-tests
 
 help:
 	@grep -E '^# make' Makefile | cut -c 3-
@@ -56,3 +56,7 @@ notebooks: install
 # make docs         write docs/configuration.md from the configuration files and the docstrings
 docs: install
 	$(RUN) scripts/configuration.py
+
+# make peft-tests   PEFT's own tests on IncreLoRA's tuner, from the source package of the installed peft
+peft-tests: install
+	$(RUN) scripts/peft_tests.py

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
@@ -105,44 +105,66 @@ class IncreLoRA(Method):
         if "order" in vars(self):
             raise UserError(f"this {self.name} object was prepared on a model already: make another one for this model")
         bases = self.adapted_matrices(model)
-        self.allocator = self.schedule(len(bases), total_steps)
+        self.schedule(len(bases), total_steps)  # refused before anything is changed
+        self.start({name: (base.out_features, base.in_features) for name, base in bases.items()},
+                   [base.weight for base in bases.values()])  # fmt: skip
+        self.plan(total_steps)
         self.freeze_all_but_head(model)
-        ranks = self.start_ranks(list(bases))
-        self.bank = self._new_bank(bases, ranks)
-        self.linears = {name: IncrementalLinear(base, self.bank, name, self.dropout) for name, base in bases.items()}
-        for name, linear in self.linears.items():
-            surgery.replace(model, name, linear)
-            self.bank.add_active(name, ranks[name], START, self._stream(name))
-        self.bank.release(START)
+        for name, base in bases.items():
+            self.linears[name] = IncrementalLinear(base, self.bank, name, self.dropout)
+            surgery.replace(model, name, self.linears[name])
         self.bank.attach(model)
-        self.importance = ImportanceScore(list(bases), self.beta1, self.beta2)
-        self.watchers: list[DeltaGradient] = []
-        self.penalties = 0  # gradients of the penalty that have arrived in the step under way
-        self.merged = False
-        self.order = StepOrder(total_steps)
 
-    def _new_bank(self, bases: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> Bank:
-        """The tensors of every allocation of the run: the start, the first reserves, each growth."""
-        shapes = {name: (base.out_features, base.in_features) for name, base in bases.items()}
-        devices = sorted({str(base.weight.device) for base in bases.values()})
+    def start(self, shapes: Mapping[str, tuple[int, int]], weights: Sequence[Tensor], *, open: bool = False) -> None:
+        """Make the components of the start; no model is changed.
+
+        Args:
+            shapes: (out, in) of every matrix by name, in model order.
+            weights: of these matrices; the components lie on their device.
+            open: see `Bank`.
+
+        Raises:
+            UserError: the matrices lie on several devices.
+        """
+        devices = sorted({str(weight.device) for weight in weights})
         if len(devices) > 1:
             raise UserError(
                 f"the adapted matrices lie on several devices ({', '.join(devices)}), their components must lie on "
                 "one: load the whole model on one device, without device_map"
             )
-        allocator = self.allocator
-        sizes = [_group_size(shapes, ranks, lambdas=sum(ranks.values()))]
+        ranks = self.start_ranks(list(shapes))
+        self.bank = Bank(
+            shapes, [_group_size(shapes, ranks, lambdas=sum(ranks.values()))],
+            alpha=self.alpha, rank_epsilon=self.rank_epsilon,
+            reserve_lambda=self.reserve_lambda if self.advance_learning else 0.0,
+            # in half precision, steps of the size of a learning rate would be lost
+            dtype=torch.float64 if weights[0].dtype == torch.float64 else torch.float32, device=weights[0].device,
+            open=open,
+        )  # fmt: skip
+        for name in shapes:
+            self.bank.add_active(name, ranks[name], START, self._stream(name))
+        self.bank.release(START)
+        self.importance = ImportanceScore(list(shapes), self.beta1, self.beta2)
+        self.watchers: list[DeltaGradient] = []
+        self.penalties = 0  # gradients of the penalty that have arrived in the step under way
+        self.merged = False
+        self.linears: dict[str, Any] = {}  # the layers, or (in PEFT's layers) the updates, by matrix
+
+    def plan(self, total_steps: int) -> None:
+        """Make the tensors of every later allocation of the run: the first reserves, each growth.
+
+        Raises:
+            UserError: the schedule is impossible in `total_steps`.
+        """
+        shapes = {name: (matrix.out_features, matrix.in_features) for name, matrix in self.bank.matrices.items()}
+        self.allocator = allocator = self.schedule(len(shapes), total_steps)
+        sizes = []
         if allocator.needed:
             sizes.append(_group_size(shapes, dict.fromkeys(shapes, allocator.rank_step), lambdas=0))
         for grown in allocator.growths():
             sizes.append(_largest_group_size(shapes, grown, allocator.rank_step))
-        like = next(iter(bases.values())).weight
-        return Bank(
-            shapes, sizes, alpha=self.alpha, rank_epsilon=self.rank_epsilon,
-            reserve_lambda=self.reserve_lambda if self.advance_learning else 0.0,
-            # in half precision, steps of the size of a learning rate would be lost
-            dtype=like.dtype if like.dtype == torch.float64 else torch.float32, device=like.device,
-        )  # fmt: skip
+        self.bank.add_groups(sizes)
+        self.order = StepOrder(total_steps)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The groups of the start, and one for each later allocation; its parameters train from the step `born` on."""
@@ -150,15 +172,20 @@ class IncreLoRA(Method):
         groups = super().param_groups(model)
         for group in groups:
             group["params"] = [(name, p) for name, p in group["params"] if id(p) not in later]
-        births = {FIRST_RESERVES: 1} if self.advance_learning else {}
-        births |= {FIRST_RESERVES + 1 + i: step + 1 for i, step in enumerate(self.allocator.growth_steps())}
-        for number, born in births.items() if self.allocator.needed else ():
+        for number, born in self.births().items():
             params = named(model, self.bank.groups[number].parameters())
             constant = self.new_groups_at_peak and not self.restart_warmup
             born = born if self.restart_warmup or constant else 0
             group = {"params": params, "decay": True, "born": born}
             groups.append(group | ({"constant": True} if constant else {}))
         return groups
+
+    def births(self) -> dict[int, int]:
+        """The step from which the tensors of each later allocation train, by its number in the bank."""
+        if not self.allocator.needed:
+            return {}
+        reserves = {FIRST_RESERVES: 1} if self.advance_learning else {}
+        return reserves | {FIRST_RESERVES + 1 + i: step + 1 for i, step in enumerate(self.allocator.growth_steps())}
 
     def later_parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.bank.all_groups[START + 1 :] for parameter in group.parameters()]

@@ -72,6 +72,8 @@ class Bank(nn.Module):
         alpha: scale of the update, divided by the rank (so growing rescales the old components).
         rank_epsilon: added to the rank in that division (the authors' code: 1e-5).
         reserve_lambda: lambda of a component in reserve.
+        open: every tensor requires a gradient from the start, so that an optimizer made then holds all of them. A
+            tensor gets a gradient only from its allocation on, and optimizers pass over what has none.
     """
 
     def __init__(
@@ -84,11 +86,14 @@ class Bank(nn.Module):
         reserve_lambda: float = 0.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        open: bool = False,
     ):
         super().__init__()
+        self.open = open
         self.matrices = {name: Matrix(name, width, height) for name, (height, width) in shapes.items()}
         self.alpha, self.rank_epsilon, self.reserve_lambda = alpha, rank_epsilon, reserve_lambda
         self.groups = nn.ModuleList(ComponentGroup(size, dtype, torch.device(device)) for size in groups)
+        self.requires_grad_(True)
         self.hooks: list[RemovableHandle] = []
         self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
         self._last: tuple[Any, dict[int, Tensor]] = (None, {})
@@ -98,27 +103,53 @@ class Bank(nn.Module):
         self.passed = False  # whether a forward pass with gradients has begun since this was last set to False
         self.changed()
 
+    def add_groups(self, sizes: Sequence[GroupSize]) -> None:
+        """The tensors of later allocations, where they were not known when the bank was made."""
+        like = self.like
+        self.groups.extend(ComponentGroup(size, like.dtype, like.device) for size in sizes)
+        self.requires_grad_(like.requires_grad)
+        self.changed()
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Bank":
+        """Let the tensors train whose allocation has come (in an open bank: all), or none."""
+        for group in self.all_groups:
+            group.requires_grad_(requires_grad and (self.open or group.trains))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of a copy, or a file: views belong to the graph of one pass
+        return {**self.__dict__, "_views": {}, "_last": (None, {}), "_made_for": None}
+
     def attach(self, model: nn.Module) -> None:
-        """Become a module of the model; hooks note where a forward of a module with all matrices begins and ends."""
+        """Become a module of the model, and guard what is saved of it and loaded into it."""
         # not in a Sequential itself, which would call the bank as one of its layers
         home = model.get_submodule(next(iter(self.matrices))) if isinstance(model, nn.Sequential) else model
         home.add_module(NAME, self)
-        paths = [name.split(".")[:-1] for name in self.matrices]
-        common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
-        for depth in range(len(common) + 1):
-            module = model.get_submodule(".".join(parts[0] for parts in common[:depth]))
-            self.hooks.append(module.register_forward_pre_hook(self._enter))
-            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        self.watch(model)
         self.hooks.append(model.register_state_dict_post_hook(partial(_mark, self)))
         self.hooks.append(model.register_load_state_dict_pre_hook(self._unmark))
         if hasattr(model, "save_pretrained"):
             self.__dict__["home"] = model  # not a module of the bank
             model.save_pretrained = self.save_pretrained  # type: ignore[assignment]
 
-    def detach(self, model: nn.Module) -> None:
-        """Leave the model, whose layers are plain again; no hook and no module remains."""
+    def watch(self, model: nn.Module) -> None:
+        """Note where a forward of a module that holds all matrices begins and ends."""
+        paths = [name.split(".")[:-1] for name in self.matrices]
+        common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+        for depth in range(len(common) + 1):
+            module = model.get_submodule(".".join(parts[0] for parts in common[:depth]))
+            self.hooks.append(module.register_forward_pre_hook(self._enter))
+            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def unwatch(self) -> None:
+        """Remove every hook."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
+
+    def detach(self, model: nn.Module) -> None:
+        """Leave the model, whose layers are plain again; no hook and no module remains."""
+        self.unwatch()
         vars(model).pop("save_pretrained", None)
         if hasattr(model, NAME):
             delattr(model, NAME)
@@ -226,6 +257,7 @@ class Bank(nn.Module):
 
     def release(self, group: int) -> None:
         """The group's tensors train from now on."""
+        self.all_groups[group].trains = True
         self.all_groups[group].requires_grad_(True)
 
     def changed(self) -> None:
@@ -275,8 +307,8 @@ class Bank(nn.Module):
             matrix.active, matrix.reserve_learns = saved["active"], saved["reserve_learns"]
         for group, saved in zip(self.all_groups, structure["groups"], strict=True):
             group.clear()  # an earlier structure may be loaded over a later one
-            group.next_row = dict(saved["next_row"])
-            group.requires_grad_(saved["trains"])
+            group.next_row, group.trains = dict(saved["next_row"]), saved["trains"]
+        self.requires_grad_(not self.open or self.like.requires_grad)
         self.changed()
 
     # state dicts
@@ -403,7 +435,12 @@ class Bank(nn.Module):
 
     def _gather(self, dtype: torch.dtype) -> dict[str, Views]:
         rows = self._concatenated()
-        held = [group.lambda_ for group in self.all_groups if group.lambda_ is not None]
+        # in an open bank, a gradient of zeros would let an optimizer begin with tensors whose allocation is to come
+        held = [
+            group.lambda_.detach() if self.open and not group.trains else group.lambda_
+            for group in self.all_groups
+            if group.lambda_ is not None
+        ]
         lambdas = torch.cat([*held, self._constants])
         found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         for width, index in self._indices().items():

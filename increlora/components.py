@@ -86,20 +86,17 @@ class ComponentGroup(nn.Module):
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
 
+        self.size = size
         self.rows = nn.ParameterDict({str(width): zeros(rows, width) for width, rows in size.rows.items()})
         self.lambda_ = zeros(size.lambdas) if size.lambdas else None
         self.next_row: dict[str, int] = {}  # by width, or "lambda_"
-
-    @property
-    def trains(self) -> bool:
-        """Whether its allocation has come, and its tensors train."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+        self.trains = False  # whether its allocation has come, and its tensors train
 
     @torch.no_grad()
     def clear(self) -> None:
         """Back to the start: nothing is taken, nothing trains, all is zero."""
-        self.next_row = {}
-        for parameter in self.requires_grad_(False).parameters():
+        self.next_row, self.trains = {}, False
+        for parameter in self.parameters():
             parameter.zero_()
             parameter.grad = None
 

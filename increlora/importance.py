@@ -20,7 +20,7 @@ from torch import Tensor
 
 from increlora import distributed
 from increlora.bank import Views
-from increlora.linear import IncrementalLinear
+from increlora.linear import Update
 
 
 def sensitivity(delta: Tensor, gradient: Tensor, reduction: str = "sqrt") -> Tensor:
@@ -47,7 +47,7 @@ class DeltaGradient:
         last_use_only: keep only the gradient that arrived last, as the authors' code does.
     """
 
-    def __init__(self, linear: IncrementalLinear, micro_batches: int, reduction: str, last_use_only: bool):
+    def __init__(self, linear: Update, micro_batches: int, reduction: str, last_use_only: bool):
         self.linear, self.reduction, self.last_use_only = linear, reduction, last_use_only
         self.remaining = micro_batches
         self.awaited = 0

@@ -308,7 +308,7 @@ class Growth:
 
     def _take_up_groups(self) -> None:
         """The first step of a session, or groups were added since: check and complete them."""
-        _refuse_sharding()
+        refuse_sharding()
         added = any("born" not in group for group in self.optimizer.param_groups)
         if added and distributed.processes() > 1:
             raise UserError(
@@ -328,21 +328,8 @@ class Growth:
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
 
     def _average(self) -> None:
-        """Average the gradients of parameters that train since a growth.
-
-        What earlier micro-batches left is a mean already, and averaging does not change it. A process that did not use
-        a parameter (an expert, a dropped layer) counts with gradient 0.
-        """
         self.averages = False
-        parameters = [parameter for parameter in self.later if parameter.requires_grad]
-        if not parameters:
-            return
-        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-        parameters = [p for p, share in zip(parameters, distributed.mean(used).tolist(), strict=True) if share]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        distributed.average_gradients(parameters)
+        average_late([parameter for parameter in self.later if parameter.requires_grad])
 
     # state dicts
 
@@ -454,12 +441,28 @@ class Penalty:
             )
 
 
+def average_late(parameters: list[nn.Parameter]) -> None:
+    """Average over the processes the gradients of parameters that train since a growth.
+
+    What earlier micro-batches left is a mean already, and averaging does not change it. A process that did not use
+    a parameter (an expert, a dropped layer) counts with gradient 0.
+    """
+    if not parameters:
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    parameters = [p for p, share in zip(parameters, distributed.mean(used).tolist(), strict=True) if share]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    distributed.average_gradients(parameters)
+
+
 def differ(a: Any, b: Any) -> bool:
     """Whether two learning rates differ; of tensors nothing is read, another one is a change."""
     return isinstance(a, Tensor) or isinstance(b, Tensor) or a != b
 
 
-def _refuse_sharding() -> None:
+def refuse_sharding() -> None:
     """accelerate shards by plugins that show only here; it is not imported where nobody uses it."""
     state = sys.modules.get("accelerate.state")
     shared = state.AcceleratorState._shared_state if state else {}

@@ -1,0 +1,208 @@
+"""What an adapter is beside its layers: the method, the step at which it stands, and both as tensors."""
+
+import ctypes
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from increlora.algorithm import START, IncreLoRA
+from increlora.integrations.peft.config import IncreLoraConfig, Refused, in_words_of_peft
+from increlora.integrations.peft.layer import Linear
+
+FACTORS = ("increlora_A", "increlora_B", "increlora_E")  # of a matrix: (r, in), (out, r), and the lambdas
+STATE = "increlora_state"
+SPREAD = 0.5  # of the rows of an update that is not zero from the start
+
+
+@dataclass
+class Grown(IncreLoRA):
+    """IncreLoRA whose matrices have these ranks from the start, and grow no further."""
+
+    given: dict = field(default_factory=dict)
+
+    def start_ranks(self, matrices: list[str]) -> dict[str, int]:
+        return {name: self.given[name] for name in matrices}
+
+
+class Adapter:
+    """One adapter of a model.
+
+    Args:
+        config: of the adapter; a seed that was drawn, and the steps of the run, are written into it.
+        layers: the adapted layers by name, in model order.
+        weights: of these layers, or stand-ins on the meta device.
+    """
+
+    def __init__(self, name: str, config: IncreLoraConfig, layers: Mapping[str, Linear], weights: list[Tensor]):
+        self.name, self.config, self.layers = name, config, layers
+        self.step = self.skipped = 0  # optimizer steps taken; steps whose gradients were not finite
+        self.warned = False  # that it trains and does not grow
+        if config.seed is None:
+            config.seed = int(torch.randint(2**31, ()))
+        self.shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
+        self._make(IncreLoRA(**config.settings(), seed=config.seed), weights)
+        if not config.init_weights:
+            self._draw_an_update()
+        if config.total_step is not None:
+            self._schedule(config.total_step)  # what cannot be done is refused here, not when training begins
+
+    def _make(self, method: IncreLoRA, weights: list[Tensor]) -> None:
+        method.start(self.shapes, weights, open=True)
+        self.method, self.bank = method, method.bank
+        self.planned = False
+        method.linears = self.updates = {
+            key: layer.update_layer(self.name, self.bank, key, self.config.lora_dropout)
+            for key, layer in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def _draw_an_update(self) -> None:
+        for parameter in self.bank.all_groups[START].parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, SPREAD)
+            else:
+                parameter.normal_(0, 1 / self.config.lora_alpha)
+
+    def plan(self, total_steps: int) -> None:
+        """Make the tensors of all growths: training begins, and the steps of the run are known.
+
+        Raises:
+            UserError: growth does not fit into these steps.
+        """
+        self._schedule(total_steps)
+        self.method.plan(total_steps)
+        self.config.total_step, self.planned = total_steps, True
+
+    def _schedule(self, total_steps: int) -> None:
+        if not isinstance(self.method, Grown):  # which has no growth to plan
+            self.method.interval, self.method.init_warmup = self.config.interval_and_warmup(total_steps)
+        with in_words_of_peft():
+            self.method.schedule(len(self.shapes), total_steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its ranks are final: growth is over and training too, or it was loaded so."""
+        return isinstance(self.method, Grown) or (self.planned and self.step >= self.method.order.total_steps)
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every matrix."""
+        return self.method.ranks()
+
+    # as tensors
+
+    def tensors(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The factors of every matrix by `<matrix>.increlora_A` and so on, and the state while the adapter grows.
+
+        A finished adapter has the components that reach the output; one that grows has its reserves too.
+
+        Args:
+            rows: the bank's tensors by the names that they have in it.
+        """
+        found: dict[str, Tensor] = {}
+        for name, matrix in self.bank.matrices.items():
+            kept = matrix.components[: matrix.active] if self.finished else matrix.components
+            A = [rows[f"groups.{c.group}.rows.{matrix.in_features}"][c.A_row :][: c.rank] for c in kept]
+            B = [rows[f"groups.{c.group}.rows.{matrix.out_features}"][c.B_row :][: c.rank] for c in kept]
+            active = matrix.components[: matrix.active]
+            E = [rows[f"groups.{c.lambda_group}.lambda_"][c.lambda_row :][: c.rank] for c in active]
+            for factor, value in zip(FACTORS, (torch.cat(A), torch.cat(B).t(), torch.cat(E)), strict=True):
+                found[f"{name}.{factor}"] = value.detach().contiguous()
+        if not self.finished and self.planned:
+            found[STATE] = _pack(
+                {
+                    "step": self.step,
+                    "skipped": self.skipped,
+                    "total_steps": self.method.order.total_steps,
+                    "seed": self.method.seed,
+                    "method": self.method.state_dict(),
+                }
+            )
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rebuild the structure that `tensors` has, whatever it was before.
+
+        Args:
+            tensors: what `tensors` gave.
+
+        Returns:
+            The bank's tensors by the names that they have in it.
+
+        Raises:
+            UserError: the tensors are of other matrices, or were trained with other settings.
+        """
+        self._check_names(tensors)
+        if STATE in tensors:
+            self._restore_growing(_unpack(tensors[STATE]))
+        else:
+            self._restore_finished({name: len(tensors[f"{name}.{FACTORS[2]}"]) for name in self.shapes})
+        return self._rows(tensors)
+
+    def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+        expected = {f"{name}.{factor}" for name in self.shapes for factor in FACTORS}
+        odd = sorted(expected ^ (set(tensors) - {STATE}))
+        for name, (height, width) in self.shapes.items():
+            A, B = (tensors.get(f"{name}.{factor}") for factor in FACTORS[:2])
+            if A is not None and B is not None and (A.shape[1], B.shape[0]) != (width, height):
+                odd.append(f"{name} of shape {(B.shape[0], A.shape[1])}, here {(height, width)}")
+        if odd:
+            raise Refused(
+                f"the adapter that is loaded has other matrices than `{self.name}` of this model, e.g. {odd[0]}: give "
+                "both the same base model and `target_modules`"
+            )
+
+    def _restore_finished(self, ranks: dict[str, int]) -> None:
+        if self.step == 0 and self.ranks() == ranks:  # only values are new
+            return
+        trains = self.bank.like.requires_grad
+        settings = {**self.config.settings(), "init_rank": 1, "target_rank": 1}
+        self._make(Grown(**settings, seed=self.config.seed or 0, given=ranks), [self.bank.like])
+        self.bank.requires_grad_(trains)
+        self.step = self.skipped = 0
+
+    def _restore_growing(self, state: dict[str, Any]) -> None:
+        if isinstance(self.method, Grown) or not self.planned or self.method.order.total_steps != state["total_steps"]:
+            trains = self.bank.like.requires_grad
+            self._make(IncreLoRA(**self.config.settings()), [self.bank.like])
+            self.plan(state["total_steps"])
+            self.bank.requires_grad_(trains)
+        self.method.seed = self.config.seed = state["seed"]
+        self.method.load_state_dict(state["method"])
+        self.step, self.skipped = state["step"], state["skipped"]
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        like = next(iter(tensors.values()))
+        rows = {
+            name: torch.zeros(p.shape, dtype=like.dtype, device=like.device) for name, p in self.bank.named_parameters()
+        }
+        for name, matrix in self.bank.matrices.items():
+            A, B, E = (tensors[f"{name}.{factor}"] for factor in FACTORS)
+            at = 0
+            for number, c in enumerate(matrix.components):
+                rows[f"groups.{c.group}.rows.{matrix.in_features}"][c.A_row :][: c.rank] = A[at:][: c.rank]
+                rows[f"groups.{c.group}.rows.{matrix.out_features}"][c.B_row :][: c.rank] = B.t()[at:][: c.rank]
+                if number < matrix.active:
+                    rows[f"groups.{c.lambda_group}.lambda_"][c.lambda_row :][: c.rank] = E[at:][: c.rank]
+                at += c.rank
+        return rows
+
+
+def _pack(state: dict[str, Any]) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor) -> dict[str, Any]:
+    packed = packed.cpu().contiguous()
+    content = ctypes.string_at(packed.data_ptr(), packed.numel())
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def modules_with_three_dimensions(model: nn.Module) -> list[str]:
+    """Parameters that hold the matrices of several experts in one tensor, which no adapter of layers reaches."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]

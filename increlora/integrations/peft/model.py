@@ -1,0 +1,218 @@
+"""The tuner: IncreLoRA's layers in a model of PEFT, and its adapters as PEFT saves and loads them."""
+
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, modules_with_three_dimensions
+from increlora.integrations.peft.config import IncreLoraConfig, Refused
+from increlora.integrations.peft.layer import BASE, IncreLoraLayer, Linear
+from increlora.surgery import READ_WEIGHTS
+
+PREFIX = "increlora_"
+BANK = "increlora_bank"  # of all adapters, a module of the tuner
+IN_FILE = "base_model.model."  # begins the names of a PEFT file
+LIVE: "weakref.WeakSet[IncreLoraModel]" = weakref.WeakSet()
+OWN = re.compile(rf"(?:{re.escape(IN_FILE)})?((?:.*\.)?(?:{'|'.join((*FACTORS, STATE))}))")
+
+
+class IncreLoraModel(BaseTuner):
+    """A model with IncreLoRA adapters; `get_peft_model` makes it.
+
+    `adapters` has the method, the ranks and the step of each.
+    """
+
+    uses_shared_state = True
+    prefix = PREFIX
+    tuner_layer_cls = IncreLoraLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _pre_injection_hook(self, model: nn.Module, config: IncreLoraConfig, adapter_name: str) -> None:
+        LIVE.add(self)
+        self.increlora_bank = nn.ModuleDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.trainings: dict[str, Any] = {}  # adapter -> what lets it grow
+        self._found: dict[str, Linear] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainings": {}}  # a copy has no optimizer
+
+    # layers
+
+    def _prepare_adapter_config(self, peft_config: IncreLoraConfig, model_config: dict) -> IncreLoraConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
+        **keywords: Any,
+    ) -> None:  # fmt: skip
+        """Adapt the layers that the configuration names, then make the components of all of them at once."""
+        self._found = {}
+        others = [(adapter.bank, adapter.bank.like.requires_grad) for adapter in self.adapters.values()]
+        everything = self.peft_config[adapter_name].target_modules in (None, "all-linear")
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage,
+            **keywords,
+        )  # fmt: skip
+        config, layers = self.peft_config[adapter_name], self._found
+        weights = [torch.empty(0, device="meta") if low_cpu_mem_usage else layer.weight for layer in layers.values()]
+        if everything:
+            self._name_what_is_left_out(model)
+        adapter = Adapter(adapter_name, config, layers, weights)
+        self.adapters[adapter_name] = adapter
+        self.increlora_bank[adapter_name] = adapter.bank
+        adapter.bank.watch(model)
+        adapter.bank.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        for bank, trained in others:  # an adapter that is added changes nothing of those that are there
+            bank.requires_grad_(trained)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Components are in float32 (float64 in a model that is), or on request in the dtype of the base layer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        bank, layers = self.adapters[adapter_name].bank, self.adapters[adapter_name].layers
+        if autocast_adapter_dtype:
+            bank.to(torch.promote_types(bank.like.dtype, torch.float32))
+            return
+        for layer in layers.values():
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+            if dtype is not None and dtype.is_floating_point:
+                bank.to(dtype)
+                return
+
+    def _create_and_replace(
+        self, peft_config: IncreLoraConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        if isinstance(target, Linear):
+            self._found[current_key] = target
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not (isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(base) is not None):
+            raise Refused(
+                f"Target module {target} is not supported: `{current_key}` is a {type(base).__name__}, and only "
+                "nn.Linear, transformers' Conv1D and quantized linear layers can be adapted; choose other "
+                "`target_modules`, or train this one in full by `modules_to_save`"
+            )
+        if isinstance(parent, READ_WEIGHTS):
+            raise Refused(
+                f"`{current_key}` lies in torch's {type(parent).__name__}, which reads its weight directly and would "
+                "ignore the update; choose other `target_modules`"
+            )
+        peft_config.fan_in_fan_out = isinstance(base, Conv1D)
+        layer = Linear(target, adapter_name)
+        self._replace_module(parent, target_name, layer, target)
+        self._found[current_key] = layer
+
+    def _name_what_is_left_out(self, model: nn.Module) -> None:
+        names = sorted({re.sub(r"\b\d+\b", "N", name) for name in modules_with_three_dimensions(model)})
+        if names:
+            warnings.warn(
+                f"{', '.join(names)}: several matrices in one tensor (fused experts), which are not adapted; every "
+                "other linear layer is",
+                stacklevel=2,
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, its components included."""
+        super().delete_adapter(adapter_name)
+        self._let_go(adapter_name)
+
+    def _let_go(self, adapter_name: str) -> None:
+        training = self.trainings.pop(adapter_name, None)
+        if training is not None:
+            training.detach()
+        self.adapters.pop(adapter_name).bank.unwatch()
+        del self.increlora_bank[adapter_name]
+
+    def _unload_and_optionally_merge(self, *arguments: Any, **keywords: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*arguments, **keywords)
+        for name in list(self.adapters):
+            self._let_go(name)
+        return model
+
+    # mixed batches, several processes
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *arguments: Any, **keywords: Any) -> Iterator[None]:
+        """Hand the adapter of every row of a mixed batch to the layers."""
+        names = keywords.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(names) - set(self.adapters) - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        hooks = []
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if keywords.get("num_beams", 1) != 1 else None
+        of_encoder = set(encoder.modules()) if encoder is not None else set()
+        for module in self.modules():
+            if isinstance(module, IncreLoraLayer | AuxiliaryTrainingWrapper):
+                beams = 1 if module in of_encoder else keywords.get("num_beams") or 1
+                each = [name for name in names for _ in range(beams)]
+                hooks.append(module.register_forward_pre_hook(partial(_name_adapters, each), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What begins to train later, which DistributedDataParallel cannot expect; `Training` averages it."""
+        found = []
+        for name, adapter in self.adapters.items():
+            later = {id(parameter) for parameter in adapter.method.later_parameters()}
+            found += [f"base_model.{BANK}.{name}.{key}" for key, p in adapter.bank.named_parameters() if id(p) in later]
+        return found
+
+    # state
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: IncreLoraConfig, adapter_name: str, state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        begin = f"{BANK}.{adapter_name}."
+        rows = {key.partition(begin)[2]: value for key, value in state_dict.items() if begin in key}
+        tensors = cls._tuner(model).adapters[adapter_name].tensors(rows)
+        return {f"{IN_FILE}{key}.{adapter_name}": value for key, value in tensors.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: IncreLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        own = {key: match[1] for key in state_dict if (match := OWN.fullmatch(key))}
+        others = {key: value for key, value in state_dict.items() if key not in own}
+        if not own:
+            return others
+        tuner = cls._tuner(model)
+        adapter = tuner.adapters[adapter_name]
+        bank = adapter.bank
+        rows = adapter.restore({name: state_dict[key] for key, name in own.items()})
+        if adapter.bank is not bank:
+            bank.unwatch()
+            adapter.bank.watch(tuner.model)
+            tuner.increlora_bank[adapter_name] = adapter.bank
+        return others | {f"base_model.{BANK}.{adapter_name}.{key}": value for key, value in rows.items()}
+
+    @staticmethod
+    def _tuner(model: nn.Module) -> "IncreLoraModel":
+        return next(module for module in model.modules() if isinstance(module, IncreLoraModel))
+
+
+def _name_adapters(names: list[str], module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
+    return arguments, {**keywords, "adapter_names": names}

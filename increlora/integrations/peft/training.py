@@ -1,0 +1,374 @@
+"""An adapter grows while its optimizer takes steps: hooks of the optimizer do what a training loop would have to."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import SchedulerType, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from increlora import distributed
+from increlora.integrations.growth import SHARDED_OPTIMIZERS, average_late, refuse_sharding
+from increlora.integrations.peft.adapter import Adapter, Grown
+from increlora.integrations.peft.config import Refused
+from increlora.integrations.peft.model import LIVE, IncreLoraModel
+from increlora.schedule import multiplier
+
+MAX_SKIPPED = 20  # steps in a row with gradients that are not finite
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_step: int | None = None,
+    warmup_steps: int = 0,
+    linear: bool = False,
+    gradient_accumulation_steps: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+) -> "Training":
+    """Let the active adapter grow with the steps of an optimizer; nothing else has to be called.
+
+        model = get_peft_model(model, IncreLoraConfig(total_step=1000))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        attach(model, optimizer)
+
+    Before each step, ranks grow where it is time; the penalty's gradient is added in the first backward pass of the
+    step and is in no loss. Learning rates are the optimizer's or its scheduler's, multiplied for components that begin
+    to train later: by a warmup of their own over `warmup_steps`, and with `linear` by the paper's restart, in which
+    they decay linearly from the full rate to 0 at the last step. Checkpoints keep the groups that the optimizer has.
+
+    Args:
+        model: of `get_peft_model`, before anything wraps it.
+        optimizer: over the model's parameters.
+        total_step: optimizer steps of the whole run; None: the configuration has it.
+        warmup_steps: of every group of new components.
+        linear: the optimizer's schedule is linear, with as many warmup steps.
+        gradient_accumulation_steps: backward passes in a step.
+        scaler: multiplies the loss before backward (fp16).
+
+    Raises:
+        UserError: no adapter trains, or several do; the model, or the optimizer, is sharded; the optimizer lacks
+            parameters of the adapter; growth does not fit into the steps of the run.
+    """
+    return Training(model, optimizer, total_step, warmup_steps, linear, gradient_accumulation_steps, scaler)
+
+
+class Training:
+    """What `attach` gives: `ranks()`, and `step`, the optimizer steps taken."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, total_step: int | None, warmup_steps: int,
+        linear: bool, micro_batches: int, scaler: torch.amp.GradScaler | None,
+    ):  # fmt: skip
+        self.tuner = tuner_of(model)
+        self.adapter = adapter = _trained(self.tuner)
+        self.optimizer, self.warmup_steps, self.linear = optimizer, warmup_steps, linear
+        self.micro_batches, self.scaler = micro_batches, scaler
+        self._refuse_sharding(model)
+        self._plan(total_step)
+        self.method, self.bank = adapter.method, adapter.bank
+        self._hold_all()
+        self.begun = self.arrived = self.finite = False
+        self.skipped_in_a_row = 0  # steps whose gradients were not finite
+        self.averages = False
+        self.pending: dict[int, Tensor] = {}  # gradients of the penalty, by id of the parameter
+        self.split: list[dict[str, Any]] | None = None  # the optimizer's groups, while a step is taken
+        self.births = {
+            id(parameter): born
+            for number, born in self.method.births().items()
+            for parameter in self.bank.all_groups[number].parameters()
+        }
+        if (before := self.tuner.trainings.pop(adapter.name, None)) is not None:
+            before.detach()
+        self.tuner.trainings[adapter.name] = self
+        self.hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self.hooks += [self.tuner.model.register_forward_pre_hook(self._forward_begins)]
+        self.hooks += [p.register_hook(partial(self._arrives, id(p))) for p in self.bank.parameters()]
+        if distributed.processes() > 1:
+            self.hooks += [p.register_post_accumulate_grad_hook(self._queue_average) for p in self.bank.parameters()]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.adapter.step
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every matrix."""
+        return self.adapter.ranks()
+
+    def detach(self) -> None:
+        """The optimizer's steps let nothing grow any more."""
+        for hook in self.hooks:
+            hook.remove()
+        self._join()
+
+    # what it is given
+
+    def _refuse_sharding(self, model: nn.Module) -> None:
+        refuse_sharding()
+        kinds = {ancestor.__name__ for ancestor in type(self.optimizer).__mro__} & SHARDED_OPTIMIZERS
+        sharded = [n for n, p in model.named_parameters() if hasattr(p, "device_mesh") or hasattr(p, "ds_id")]
+        if kinds or sharded:
+            raise Refused(
+                f"{kinds.pop() if kinds else sharded[0]} is sharded over the processes; an adapter that grows needs "
+                "whole parameters and a plain optimizer in every process: use DistributedDataParallel"
+            )
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise Refused(f"{type(self.optimizer).__name__} is no torch.optim.Optimizer: give `attach` what it wraps")
+
+    def _plan(self, total_step: int | None) -> None:
+        adapter = self.adapter
+        total = total_step or adapter.config.total_step
+        if total is None:
+            raise Refused("how long is the run? Give `total_step`, in IncreLoraConfig or here: its optimizer steps")
+        if isinstance(adapter.method, Grown):
+            warnings.warn(
+                f"the adapter `{adapter.name}` was loaded with final ranks: it trains on, and does not grow",
+                stacklevel=4,
+            )
+        if not adapter.planned:
+            adapter.plan(total)
+        if adapter.method.order.total_steps != total:
+            raise Refused(
+                f"the run has {total} steps, and `total_step` of the adapter is {adapter.method.order.total_steps}: "
+                f"give IncreLoraConfig(total_step={total}), or leave it out"
+            )
+
+    def _hold_all(self) -> None:
+        """The optimizer holds every tensor of the adapter, also those that were made for this run just now."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        own = list(self.bank.parameters())
+        home = next((g for g in self.optimizer.param_groups if any(p is own[0] for p in g["params"])), None)
+        if home is None:
+            raise Refused(
+                f"the optimizer does not hold the parameters of the adapter `{self.adapter.name}`: make it after "
+                "get_peft_model, over model.parameters()"
+            )
+        home["params"] += [p for p in own if id(p) not in held]
+
+    # a step
+
+    def _forward_begins(self, model: nn.Module, *_: Any) -> None:
+        """Before every forward pass of the model; the first one in training begins a step."""
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if self.begun and self.arrived and all(p.grad is None for p in self.bank.all_groups[0].parameters()):
+            self.begun = False  # a step that nobody took, such as one of a scaler whose gradients overflowed
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a step: the gradient of the penalty, and the score; a repeated call has no effect.
+
+        Raises:
+            UserError: all steps of the run are done.
+        """
+        if self.begun:
+            return
+        method, total = self.method, self.method.order.total_steps
+        if self.step >= total:
+            raise Refused(
+                f"all {total} steps of the run are done: give IncreLoraConfig(total_step=...) the optimizer steps of "
+                "the whole run, or training.detach() to train on at these ranks"
+            )
+        scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        method.begin_step(self.step, self.micro_batches, scale)
+        self.pending = {}
+        with torch.enable_grad():
+            penalty = method.extra_loss()
+            if isinstance(penalty, Tensor) and penalty.requires_grad:
+                parameters = list(self.bank.parameters())
+                gradients = torch.autograd.grad(penalty * scale, parameters, allow_unused=True)
+                self.pending = {id(p): g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        self.begun, self.arrived = True, False
+
+    def _arrives(self, parameter: int, gradient: Tensor) -> Tensor | None:
+        """The first gradient of a parameter in a step brings the penalty's with it."""
+        if not self.begun:
+            return None
+        self.arrived = True
+        own = self.pending.pop(parameter, None)
+        return None if own is None else gradient + own
+
+    def _before(self, optimizer: torch.optim.Optimizer, arguments: tuple, keywords: dict[str, Any]) -> Any:
+        """Before the optimizer's step: ranks grow, and new components get their own learning rates."""
+        self._join()
+        closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")  # after the optimizer itself
+        if closure is None:
+            self._grow()
+            return None
+        return (optimizer,), {"closure": partial(self._closure, closure)}  # in which forward and backward come
+
+    def _closure(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        self._grow()
+        return loss
+
+    def _grow(self) -> None:
+        if not (self.begun and self.arrived):
+            raise Refused(
+                f"optimizer.step(): no gradient has reached the adapter `{self.adapter.name}` since the step before; "
+                "call the model itself (not a part of it), in training mode, and backward"
+            )
+        for parameter in self.bank.parameters():  # whose gradient did not come by the task
+            if (own := self.pending.pop(id(parameter), None)) is not None:
+                parameter.grad = own if parameter.grad is None else parameter.grad + own
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if self.finite:
+            grown = len(self.method.allocations)
+            self.method.before_step(self.step)
+            if len(self.method.allocations) > grown and any(
+                r != self.ranks() for r in distributed.gather(self.ranks())
+            ):
+                raise Refused("the processes disagree about the ranks: start them with the same model and settings")
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._part()
+
+    def _after(self, *_: Any) -> None:
+        self._join()
+        self.begun = False
+        if self.finite:
+            self.method.after_step(self.step)
+            self.adapter.step += 1
+        self.adapter.skipped += not self.finite
+        self.skipped_in_a_row = 0 if self.finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise Refused(
+                f"{self.skipped_in_a_row} steps in a row had gradients that are not finite, at step {self.step}: the "
+                "training has diverged. Lower the learning rate."
+            )
+
+    # learning rates
+
+    def _part(self) -> None:
+        """For the time of a step, a group of the optimizer becomes one for each step at which its parameters began."""
+        self.split, parts = list(self.optimizer.param_groups), []
+        for group in self.split:
+            by_birth: dict[int, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_birth.setdefault(self.births.get(id(parameter), 0), []).append(parameter)
+            for born, params in by_birth.items():
+                parts.append({**group, "params": params, "lr": group["lr"] * self.factor(born)})
+        self.optimizer.param_groups[:] = parts
+
+    def _join(self) -> None:
+        if self.split is not None:
+            self.optimizer.param_groups[:] = self.split
+            self.split = None
+
+    def factor(self, born: int) -> float:
+        """By which the learning rate of components is multiplied that train from step `born` on."""
+        if born == 0 or self.step < born:
+            return 1.0
+        if self.linear:
+            total, warmup = self.method.order.total_steps, self.warmup_steps
+            scheduled = multiplier(self.step, 0, total, warmup)
+            return multiplier(self.step, born, total, warmup) / scheduled if scheduled else 0.0
+        return min(1.0, (self.step - born) / self.warmup_steps) if self.warmup_steps else 1.0
+
+    # several processes
+
+    def _queue_average(self, _: Tensor) -> None:
+        if self.begun and not self.averages:
+            self.averages = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward ends
+
+    def _average(self) -> None:
+        self.averages = False
+        average_late([p for g in self.bank.all_groups[1:] if g.trains for p in g.parameters()])
+
+
+class IncreLoraCallback(TrainerCallback):
+    """Lets the adapter of a Trainer's model grow: `Trainer(..., callbacks=[IncreLoraCallback()])`, and nothing else.
+
+    With `lr_scheduler_type="linear"`, new components get the paper's restart: a warmup of their own over the Trainer's
+    warmup steps, then linear decay. With any other, the same warmup is multiplied by what the scheduler gives.
+    `training` is there while the Trainer trains: its `ranks()` and `step`.
+
+    Raises:
+        UserError: when training begins: the model has no adapter that trains, the Trainer takes another number of
+            steps than the adapter was planned for, begins at another step than it stands at, or shards the model.
+    """
+
+    training: Training
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        optimizer = parts["optimizer"]
+        if optimizer.accelerator_state.distributed_type in SHARDED or args.n_gpu > 1:
+            raise Refused(
+                "an adapter that grows needs the whole model in every process: start one process per GPU (torchrun, "
+                "accelerate launch) with DistributedDataParallel, not FSDP, DeepSpeed or DataParallel"
+            )
+        self.training = attach(
+            parts["model"], optimizer.optimizer, total_step=state.max_steps,
+            warmup_steps=args.get_warmup_steps(state.max_steps),
+            linear=args.lr_scheduler_type == SchedulerType.LINEAR and not args.lr_scheduler_kwargs,
+            gradient_accumulation_steps=args.gradient_accumulation_steps, scaler=optimizer.scaler,
+        )  # fmt: skip
+        stands = self.training.step + self.training.adapter.skipped
+        if state.global_step != stands:
+            raise Refused(
+                f"the Trainer begins at step {state.global_step}, the adapter stands at {stands}: resume "
+                "from a checkpoint (resume_from_checkpoint=True), or make a fresh adapter"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        self.training.begun = False
+        self.training.begin()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        self.training.detach()
+        self.training.tuner.trainings.pop(self.training.adapter.name, None)
+
+
+def tuner_of(model: nn.Module) -> IncreLoraModel:
+    """The tuner in a model of PEFT.
+
+    Raises:
+        UserError: it has none.
+    """
+    tuner = next((module for module in model.modules() if isinstance(module, IncreLoraModel)), None)
+    if tuner is None:
+        raise Refused(
+            f"the model ({type(model).__name__}) has no IncreLoRA adapter: get_peft_model(model, IncreLoraConfig(...))"
+        )
+    return tuner
+
+
+def _trained(tuner: IncreLoraModel) -> Adapter:
+    trained = [a for name, a in tuner.adapters.items() if name in tuner.active_adapters and a.bank.like.requires_grad]
+    if len(trained) != 1:
+        raise Refused(
+            f"{len(trained)} adapters are active and train ({', '.join(a.name for a in trained) or 'none'}), and one "
+            "can grow: choose it by model.set_adapter(name)"
+        )
+    return trained[0]
+
+
+@register_optimizer_step_pre_hook
+def _warn_of_a_forgotten_call(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Say once that an adapter trains and does not grow, because no optimizer was attached to it."""
+    for tuner in list(LIVE):
+        for adapter in tuner.adapters.values():
+            if adapter.warned or adapter.name in tuner.trainings or isinstance(adapter.method, Grown):
+                continue
+            some = adapter.bank.like
+            if some.requires_grad and any(some is p for group in optimizer.param_groups for p in group["params"]):
+                adapter.warned = True
+                warnings.warn(
+                    f"the adapter `{adapter.name}` trains at its first ranks and does not grow: give the Trainer "
+                    "callbacks=[IncreLoraCallback()], or call attach(model, optimizer) in your own loop",
+                    stacklevel=3,
+                )
