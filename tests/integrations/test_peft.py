@@ -1,11 +1,18 @@
 """IncreLoRA as a PEFT method: the benchmark's numbers through PEFT's door, and what PEFT's users expect."""
 
+import copy
+import os
+import subprocess
+import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from conftest import ROOT
+from naming import naming
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -15,6 +22,7 @@ from transformers import (
 )
 
 from increlora import Growth, IncreLoRA, IncreLoRACallback
+from increlora.errors import UserError
 from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig, attach
 
 STEPS, WARMUP, RATE, DECAY = 30, 4, 2e-2, 0.01
@@ -167,3 +175,224 @@ def test_the_trainer_needs_the_callback_alone(tmp_path):
         assert again.training.ranks() == callback.training.ranks()
         for mine, other in zip(again.training.bank.parameters(), callback.training.bank.parameters(), strict=True):
             assert torch.equal(mine, other), stopped
+
+
+# what PEFT's users do with an adapter
+
+
+def test_an_adapter_in_the_middle_of_growth_goes_on_in_a_plain_loop_to_the_same_bits(tmp_path):
+    whole = Run()
+    losses = whole.train(range(STEPS))
+    first = Run()
+    cut = first.train(range(10))
+    first.model.save_pretrained(tmp_path)
+    states = copy.deepcopy((first.optimizer.state_dict(), first.scheduler.state_dict()))
+    again = Run(PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True))
+    again.optimizer.load_state_dict(states[0])
+    again.scheduler.load_state_dict(states[1])
+    assert cut + again.train(range(10, STEPS)) == losses
+    for mine, other in zip(again.weights(), whole.weights(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_an_adapter_that_is_saved_is_small_and_gives_the_same_outputs(tmp_path):
+    run, x = Run(), counting(99)
+    for until, name in ((STEPS // 2, "growing"), (STEPS, "finished")):
+        run.train(range(run.training.step if run.training else 0, until))
+        model = run.model.eval()
+        model.save_pretrained(tmp_path / name)
+        for low in (False, True):
+            loaded = PeftModel.from_pretrained(llama(), tmp_path / name, low_cpu_mem_usage=low).eval()
+            torch.testing.assert_close(loaded(input_ids=x).logits, model(input_ids=x).logits, rtol=0, atol=1e-6)
+        assert loaded.base_model.adapters["default"].ranks() == run.training.ranks()
+        merged = loaded.merge_and_unload()
+        assert not any("increlora" in key for key in merged.state_dict()) and not hasattr(merged, "peft_config")
+        torch.testing.assert_close(merged(input_ids=x).logits, model(input_ids=x).logits, rtol=0, atol=1e-4)
+
+    ranks = run.training.ranks()
+    lora = LoraConfig(r=4, rank_pattern=ranks, target_modules="all-linear")
+    get_peft_model(llama(), lora).save_pretrained(tmp_path / "lora")
+    sizes = {name: (tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("finished", "lora")}
+    assert sizes["finished"] <= 1.1 * sizes["lora"], sizes
+
+
+def test_a_finished_adapter_trains_on_at_its_ranks_and_says_so(tmp_path):
+    run = Run()
+    run.train(range(STEPS))
+    run.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    more = Run(loaded)
+    with pytest.warns(UserWarning, match="was loaded with final ranks: it trains on, and does not grow"):
+        losses = more.train(range(STEPS))
+    assert more.training.ranks() == run.training.ranks() and losses[-1] < losses[0]
+
+
+def test_several_adapters_are_in_one_model_and_one_trains():
+    run = Run()
+    model, x = run.model, counting(99)
+    model.add_adapter("other", IncreLoraConfig(**GROWTH | {"target_r": 2}, total_step=STEPS, init_weights=False))
+    run.train(range(STEPS))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if ".other." in n}
+    assert frozen and not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
+    model.eval()
+    alone = {}
+    with torch.no_grad():
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            alone[name] = model(input_ids=x).logits
+        with model.disable_adapter():
+            alone["__base__"] = model(input_ids=x).logits
+        names = ["default", "__base__", "other", "default", "other", "__base__", "default", "other"]
+        mixed = model(input_ids=x, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=0, atol=1e-5)
+    assert not torch.allclose(alone["default"], alone["other"], atol=1e-2)
+    model.set_adapter("other")
+    second = Run(model, warmup=0)
+    second.train(range(STEPS))
+    assert sum(second.training.ranks().values()) == 2 * 14 and sum(run.training.ranks().values()) == 4 * 14
+    model.delete_adapter("other")
+    assert not any(".other." in key for key in model.state_dict())
+
+
+def test_a_model_in_half_precision_trains_components_in_full():
+    config = IncreLoraConfig(**GROWTH, total_step=60)
+    model = get_peft_model(llama(torch.bfloat16), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    training = attach(model, optimizer)
+    start = training.bank.all_groups[0].rows["32"].detach().clone()
+    for step in range(60):
+        optimizer.zero_grad()
+        model(input_ids=counting(step), labels=counting(step)).loss.backward()
+        optimizer.step()
+    now = training.bank.all_groups[0].rows["32"]
+    assert now.dtype == torch.float32 and (now == start).float().mean() < 0.01
+    assert sum(training.ranks().values()) == 4 * 14
+
+
+def test_gradient_checkpointing_changes_nothing(expected):
+    for reentrant in (False, True):
+        model = get_peft_model(llama(), IncreLoraConfig(**GROWTH, total_step=STEPS))
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        run = Run(model)
+        same(run, run.train(range(STEPS)), expected)
+
+
+def test_another_schedule_is_multiplied_by_the_warmup_of_what_is_new():
+    run = Run()
+    run.train(range(1))
+    births = sorted(set(run.training.births.values()))
+    for linear, warmup, step, expected in (
+        (False, 4, births[1], 0.0),
+        (False, 4, births[1] + 1, 0.25),
+        (False, 4, births[1] + 9, 1.0),
+        (False, 0, births[1], 1.0),
+        (True, 4, births[1] + 4, (STEPS - WARMUP) / (STEPS - births[1] - 4)),  # the full rate again
+    ):
+        run.training.linear, run.training.warmup_steps = linear, warmup
+        run.training.adapter.step = step
+        assert run.training.factor(births[1]) == pytest.approx(expected), (linear, warmup, step)
+        assert run.training.factor(0) == 1.0
+
+
+def test_checkpoints_keep_the_groups_that_the_optimizer_was_made_with():
+    run = Run()
+    run.train(range(STEPS))
+    groups = run.optimizer.state_dict()["param_groups"]
+    assert len(groups) == 1 and len(run.scheduler.get_last_lr()) == 1
+    assert len(groups[0]["params"]) == len(list(run.model.parameters())), "and all parameters"
+
+
+# what cannot be right
+
+
+def test_a_forgotten_call_is_said_once():
+    model = get_peft_model(llama(), IncreLoraConfig(**GROWTH, total_step=STEPS))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(2):
+        model(input_ids=counting(step), labels=counting(step)).loss.backward()
+        if step == 0:
+            with pytest.warns(UserWarning, match="trains at its first ranks and does not grow"):
+                optimizer.step()
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+
+
+def model_and_optimizer(**config) -> tuple[PeftModel, torch.optim.Optimizer]:
+    model = get_peft_model(llama(), IncreLoraConfig(**GROWTH | config))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def step_without_a_forward() -> None:
+    model, optimizer = model_and_optimizer(total_step=STEPS)
+    attach(model, optimizer)
+    optimizer.step()
+
+
+def more_micro_batches_than_were_said() -> None:
+    run = Run()
+    run.training = attach(run.model, run.optimizer)
+    run.train(range(1), parts=3)
+
+
+def sharded() -> None:
+    model, optimizer = model_and_optimizer(total_step=STEPS)
+    next(model.base_model.increlora_bank.parameters()).ds_id = 1
+    attach(model, optimizer)
+
+
+def another_optimizer() -> None:
+    attach(model_and_optimizer(total_step=STEPS)[0], model_and_optimizer()[1])
+
+
+def frozen() -> None:
+    model, optimizer = model_and_optimizer(total_step=STEPS, inference_mode=True)
+    attach(model, optimizer)
+
+
+def other_matrices(tmp: Path) -> None:
+    get_peft_model(llama(), IncreLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp)
+    model = get_peft_model(llama(), IncreLoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.load_adapter(tmp, "default", is_trainable=True)
+
+
+def other_settings(tmp: Path) -> None:
+    run = Run()
+    run.train(range(10))
+    run.model.save_pretrained(tmp)
+    get_peft_model(llama(), IncreLoraConfig(**GROWTH, lora_alpha=8)).load_adapter(tmp, "default", is_trainable=True)
+
+
+def test_what_cannot_be_right_is_refused(tmp_path):
+    for refused, match in (
+        (step_without_a_forward, "no gradient has reached the adapter `default`"),
+        (more_micro_batches_than_were_said, "got gradients after the backward passes that begin_step announced"),
+        (lambda: attach(*model_and_optimizer()), "how long is the run\\? Give `total_step`"),
+        (lambda: model_and_optimizer(total_step=8), "the growth schedule does not fit"),
+        (lambda: attach(llama(), model_and_optimizer()[1]), "has no IncreLoRA adapter"),
+        (sharded, "is sharded over the processes"),
+        (another_optimizer, "the optimizer does not hold the parameters of the adapter `default`"),
+        (frozen, "0 adapters are active and train"),
+        (lambda: Run().train(range(STEPS + 1)), f"all {STEPS} steps of the run are done"),
+        (lambda: IncreLoraConfig(target_r=0), "`target_r` must be a whole number above 0"),
+        (lambda: IncreLoraConfig(lora_dropout=1.0), "`lora_dropout` must be in \\[0, 1\\)"),
+        (lambda: model_and_optimizer(total_step=STEPS, init_r=5), "Raise `target_r` or lower `init_r`"),
+        (lambda: get_peft_model(llama(), IncreLoraConfig(target_modules=["embed_tokens"])), "is a Embedding, and only"),
+        (lambda: other_matrices(tmp_path / "matrices"), "has other matrices than `default` of this model"),
+        (lambda: other_settings(tmp_path / "settings"), "trained with other settings: `alpha` 32.0 there, 8"),
+    ):
+        with naming(match), pytest.raises((UserError, ValueError), match=match):
+            refused()
+
+
+def test_the_example_with_gpt2_grows_saves_and_merges(tmp_path):
+    script = ROOT / "examples" / "peft_with_gpt2.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 100: total rank 32" in done.stdout and (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists() and len(script.read_text().splitlines()) < 40

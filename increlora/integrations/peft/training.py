@@ -155,27 +155,22 @@ class Training:
     # a step
 
     def _forward_begins(self, model: nn.Module, *_: Any) -> None:
-        """Before every forward pass of the model; the first one in training begins a step."""
-        if not (model.training and torch.is_grad_enabled()):
+        """Before every forward pass of the model; the first one with gradients begins a step."""
+        if not torch.is_grad_enabled():
             return
         if self.begun and self.arrived and all(p.grad is None for p in self.bank.all_groups[0].parameters()):
             self.begun = False  # a step that nobody took, such as one of a scaler whose gradients overflowed
         self.begin()
 
-    def begin(self) -> None:
-        """Begin a step: the gradient of the penalty, and the score; a repeated call has no effect.
+    @property
+    def _over(self) -> bool:
+        return self.step >= self.method.order.total_steps
 
-        Raises:
-            UserError: all steps of the run are done.
-        """
-        if self.begun:
+    def begin(self) -> None:
+        """Begin a step: the gradient of the penalty, and the score; no effect within a step and after the last one."""
+        if self.begun or self._over:
             return
-        method, total = self.method, self.method.order.total_steps
-        if self.step >= total:
-            raise Refused(
-                f"all {total} steps of the run are done: give IncreLoraConfig(total_step=...) the optimizer steps of "
-                "the whole run, or training.detach() to train on at these ranks"
-            )
+        method = self.method
         scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         method.begin_step(self.step, self.micro_batches, scale)
         self.pending = {}
@@ -211,10 +206,15 @@ class Training:
         return loss
 
     def _grow(self) -> None:
+        if self._over:
+            raise Refused(
+                f"optimizer.step(): all {self.step} steps of the run are done; give IncreLoraConfig(total_step=...) "
+                "the optimizer steps of the whole run, or call training.detach() to train on at these ranks"
+            )
         if not (self.begun and self.arrived):
             raise Refused(
                 f"optimizer.step(): no gradient has reached the adapter `{self.adapter.name}` since the step before; "
-                "call the model itself (not a part of it), in training mode, and backward"
+                "call the model itself (not a part of it), and backward, between two steps"
             )
         for parameter in self.bank.parameters():  # whose gradient did not come by the task
             if (own := self.pending.pop(id(parameter), None)) is not None:
