@@ -18,6 +18,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from increlora.errors import UserError
+from increlora.glue.config import guarded
+
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = {  # module -> its lists of cases, each replaced by an expression over what CASES makes
     "test_custom_models": {
@@ -86,7 +89,7 @@ def fetch(folder: Path) -> Path:
     release = f"peft=={version('peft')}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft", release]
     if subprocess.run([*command, "--no-build-isolation", "--dest", str(folder)], check=False).returncode:
-        raise SystemExit(f"pip could not fetch the source package of {release}: a package index is needed")
+        raise UserError(f"pip could not fetch the source package of {release}: a package index is needed")
     (archive,) = folder.glob("peft-*.tar.gz")
     with tarfile.open(archive) as source:
         source.extractall(folder, filter="data")
@@ -136,6 +139,7 @@ def make_models(folder: Path) -> None:
         model.save_pretrained(folder / f"tiny-random-{name}")
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
