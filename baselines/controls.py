@@ -179,7 +179,7 @@ def read_ranks(pattern: str | None) -> dict[str, int]:
     Raises:
         UserError: there is no such file, or it is not the result of a finished run with ranks.
     """
-    return read(pattern, lambda result: result["ranks"].get("last"))
+    return read(pattern, "ranks", lambda result: result["ranks"].get("last"))
 
 
 def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
@@ -188,17 +188,19 @@ def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
     Raises:
         UserError: there is no such file, or it is not the result of a finished run that grew.
     """
-    return read(pattern, lambda result: {growth["step"]: growth["added"] for growth in result["allocations"]})
+    return read(
+        pattern, "allocations", lambda result: {growth["step"]: growth["added"] for growth in result["allocations"]}
+    )
 
 
-def read(pattern: str | None, wanted: Callable[[Any], Any]) -> Any:
-    """What is wanted of a finished run's result."""
+def read(pattern: str | None, part: str, wanted: Callable[[Any], Any]) -> Any:
+    """What is wanted of one part of a finished run's result; a file with `status` and that part will do."""
     if pattern is None:
         raise UserError("`pattern` is missing: give the result file of a finished run, or its directory")
     path = Path(pattern).expanduser()
     path = path / result_files.FILE_NAME if path.is_dir() else path
     try:
-        result = result_files.read(path)
+        result = result_files.read(path, ("status", part))
         status, found = result["status"], wanted(result)
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"`pattern`: cannot read ranks from {path}: {first_line(error)}") from None

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from increlora import moved_modules
+
 if TYPE_CHECKING:
     from increlora.algorithm import IncreLoRA as IncreLoRA
     from increlora.errors import UserError as UserError
@@ -19,6 +21,7 @@ HOMES = {
     "save_peft_adapter": "increlora.integrations.peft_export",
 }
 __all__ = list(HOMES)
+moved_modules.find()
 
 
 def __getattr__(name: str) -> Any:

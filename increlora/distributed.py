@@ -25,12 +25,26 @@ def start(device: str) -> None:
     Args:
         device: cpu (gloo), cuda (nccl), or auto.
     """
-    if dist.is_initialized() or all(int(os.environ.get(name, "1")) < 2 for name in SIZES):
+    if dist.is_initialized() or all(_number(name, 1) < 2 for name in SIZES):
         return
+    if os.environ.get("MASTER_ADDR") is None and "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but MASTER_ADDR is not set: start the processes with torchrun or "
+            "accelerate launch, or unset WORLD_SIZE, RANK and LOCAL_RANK for a single process"
+        )
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        _number(name, 0)
     from accelerate import PartialState
 
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     PartialState(cpu=not on_gpu)
+
+
+def _number(name: str, otherwise: int) -> int:
+    value = os.environ.get(name, "") or str(otherwise)
+    if not value.isdecimal():
+        raise UserError(f"the environment variable {name} must be a whole number, it is {value!r}")
+    return int(value)
 
 
 def local_rank() -> int:

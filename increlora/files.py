@@ -30,19 +30,23 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, follow: bool = True) -> Iterator[Path]:
     """Write a file whole or not at all: give the path to write to, which then takes the place of `path`.
 
-    A kill or a full disk leaves what was there. A link keeps leading to its target, and an existing file its rights.
+    A kill or a full disk leaves what was there. An existing file keeps its rights.
+
+    Args:
+        follow: a link keeps leading to its target; else a file takes the place of the link.
 
     Raises:
         UserError: it cannot be written, or is no regular file (a folder, device or pipe).
     """
     with writing(path):
-        target = path.resolve()
+        target = path.resolve() if follow else path
         if target.exists() and not target.is_file():
             raise UserError(f"{path} is no regular file; give the name of a file")
         temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)  # it may be a link
         try:
             yield temporary
             if target.exists():
@@ -52,13 +56,13 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, follow: bool = True) -> None:
     """Write a text file whole or not at all (`replacing`).
 
     Raises:
         UserError: it cannot be written.
     """
-    with replacing(path) as temporary:
+    with replacing(path, follow) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 

@@ -135,11 +135,14 @@ class Method:
         return {}
 
     def metrics(self) -> dict[str, float]:
-        """The method's values that the tracker logs, by W&B key."""
+        """The method's values over all matrices that the tracker logs, by W&B key."""
         ranks = self.ranks()
-        values = {f"rank/{matrix}": float(rank) for matrix, rank in ranks.items()}
-        values |= {f"score/{matrix}": score for matrix, score in self.scores().items()}
-        return values | ({"budget/total_rank": float(sum(ranks.values()))} if ranks else {})
+        return {"budget/total_rank": float(sum(ranks.values()))} if ranks else {}
+
+    def matrix_metrics(self) -> dict[str, float]:
+        """Rank and importance score of every matrix, by W&B key; logged where they are looked at or change."""
+        values = {f"rank/{matrix}": float(rank) for matrix, rank in self.ranks().items()}
+        return values | {f"score/{matrix}": score for matrix, score in self.scores().items()}
 
     def parameters_by_kind(self, model: nn.Module) -> dict[str, int]:
         """Parameters that train: `update` (what the budget counts), `reserve`, `head`; `total` is the whole model."""

@@ -6,7 +6,7 @@ The benchmark writes and reads them, the analysis reads nothing else; so this mo
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from increlora.files import as_json
 
 FORMAT = 3  # with a checksum; `_upgraded` says how earlier ones differ
 FILE_NAME = "result.json"
+PARTS: dict[str, type] = {  # of every result
+    "status": str, "run": dict, "code": dict, "data": dict, "config": dict, "parameters": dict, "scores": dict,
+    "ranks": dict, "curve": list, "allocations": list, "cost": dict, "skipped_steps": int,
+}  # fmt: skip
 BACKBONE = "increlora.glue.backbone.Backbone"
 # the classes that results name and where they are now: a moved file makes no run another one
 MOVED = {
@@ -35,8 +39,11 @@ OTHER_TOKENIZER: dict[str, Any] = {
 }
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, needed: Collection[str] = tuple(PARTS)) -> dict[str, Any]:
     """One result file of any format, as if it were of today's; every reader of results comes here.
+
+    Args:
+        needed: the parts that it must have.
 
     Raises:
         UserError: it is not there, is not JSON, is of a later format, does not have its checksum, or its parts are not
@@ -56,9 +63,16 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} was changed or is damaged: its content does not have its checksum")
     if isinstance(result, dict):
         result.pop("checksum", None)
+    parts = result if isinstance(result, dict) else {}
+    missing = [part for part in needed if not isinstance(parts.get(part), PARTS[part])]
+    if missing:
+        raise UserError(
+            f"{path} is not the result of a run: it has no {', '.join(missing[:3])}.\n"
+            "Give a run directory, or a result file as run.py wrote it."
+        )
     try:
-        return _upgraded(result) if isinstance(result, dict) else result
-    except (AttributeError, TypeError) as error:
+        return _upgraded(result)
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the result of a run: {first_line(error)}") from None
 
 
@@ -127,11 +141,25 @@ def refuse_unfinished(run_dir: Path) -> None:
         raise UserError(f"{run_dir}: the run is not finished; the command that started it continues it")
 
 
-def load_runs(root: Path) -> list[dict[str, Any]]:
-    """Every result below a folder, in order of their paths."""
-    return [
-        read(path) for path in sorted(root.rglob("*.json")) if path.name == FILE_NAME or path.stem.startswith("seed")
-    ]
+def load_runs(root: Path, passed_over: list[str] | None = None) -> list[dict[str, Any]]:
+    """Every result below a folder, in order of their paths.
+
+    Args:
+        passed_over: takes a sentence for each file that cannot be used; without it such a file is an error.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
+    found = []
+    for path in sorted(root.rglob("*.json")):
+        if path.name == FILE_NAME or path.stem.startswith("seed"):
+            try:
+                found.append(read(path))
+            except UserError as error:
+                if passed_over is None:
+                    raise
+                passed_over.append(str(error))
+    return found
 
 
 def last_score(result: Mapping[str, Any], split: str) -> float:

@@ -45,7 +45,7 @@ from baselines.bitfit import BitFit
 from baselines.lora import LoRA
 from increlora.algorithm import IncreLoRA
 from increlora.analysis.benchmark_table import benchmark_table
-from increlora.files import as_json
+from increlora.files import as_json, write_text
 from increlora.glue import config, machine
 from increlora.glue.backbone import Backbone
 from increlora.glue.batching import collate, epoch_batches, padding_share, to_device
@@ -506,7 +506,7 @@ def main() -> None:
         return
     result = measured(options)
     if options.json:
-        options.json.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, as_json(result, indent=1) + "\n")
     print(benchmark_table(result))
 
 

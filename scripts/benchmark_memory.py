@@ -22,6 +22,7 @@ from torch import nn
 from increlora import surgery
 from increlora.analysis.benchmark_table import benchmark_table
 from increlora.errors import UserError
+from increlora.files import write_text
 from increlora.glue import config, machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +114,7 @@ def main() -> None:
         "frozen": frozen_weights(options),
     }
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(result, indent=1) + "\n")
     print(benchmark_table(result))
 
 

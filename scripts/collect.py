@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from increlora import result_files
+from increlora.errors import UserError
 from increlora.files import as_json, write_text
 from increlora.glue import config
 
@@ -37,14 +38,19 @@ def unclean(code: Mapping[str, Any]) -> str | None:
 
 
 @config.guarded
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder that holds run directories")
     parser.add_argument("--dirty", action="store_true", help="also results of a tree with uncommitted changes")
     arguments = parser.parse_args()
-    taken = 0
+    taken = refused = 0
     for path in sorted(arguments.source.rglob(result_files.FILE_NAME)):
-        result = result_files.read(path)
+        try:
+            result = result_files.read(path)
+        except UserError as error:  # one bad file must not keep the others out
+            print(f"left out, {error}", file=sys.stderr)
+            refused += 1
+            continue
         if (reason := unclean(result["code"])) and not arguments.dirty:
             print(f"left out, {reason}: {path}", file=sys.stderr)
             continue
@@ -56,7 +62,8 @@ def main() -> None:
         write_text(target, as_json(result_files.sealed(kept) if "checksum" in kept else kept, indent=1) + "\n")
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
+    return int(refused > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from increlora.files import write_text
 from increlora.glue.config import CONFIGS, guarded
 from increlora.glue.settings import Settings
 
@@ -142,7 +143,7 @@ def main() -> int:
     stale = not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text
     if stale and not check:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(text, encoding="utf-8")
+        write_text(PAGE, text)
     if stale:
         print(f"{'stale' if check else 'written'}: docs/{PAGE.name}")
     return int(check and stale)

@@ -20,7 +20,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from increlora.errors import UserError
-from increlora.files import writing
+from increlora.files import write_text
 from increlora.glue import config
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -39,8 +39,7 @@ def main() -> int:
         target = path.with_suffix(".ipynb")
         changed = not target.exists() or target.read_text(encoding="utf-8") != text
         if changed:
-            with writing(target):
-                target.write_text(text, encoding="utf-8")
+            write_text(target, text)
         print(f"{'written' if changed else 'unchanged'}: {os.path.relpath(target)}", flush=True)
     return 0
 

@@ -18,16 +18,11 @@ from matplotlib.ticker import MaxNLocator
 
 from increlora import result_files
 from increlora.analysis.selection import rank_history
-from increlora.errors import UserError
 from increlora.files import write_text
 from increlora.glue import config, identity
 from increlora.matrices import kind_of, layer_of, rank_map
 
 TEMPLATE = "report.html.jinja"
-PARTS = (
-    "status", "run", "code", "data", "config", "parameters", "scores", "ranks", "curve", "allocations", "cost",
-    "skipped_steps",
-)  # fmt: skip
 LEFT, RIGHT, HEIGHT, LINE = 52, 690, 220, 24  # of the curve in its drawing, 720 units wide, and of a line of text
 MAPS = 12  # ranks over time are shown in at most so many maps
 
@@ -40,25 +35,9 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.run / result_files.FILE_NAME if arguments.run.is_dir() else arguments.run
     output = arguments.output or path.with_suffix(".html")
-    page = report(read(path))
+    page = report(result_files.read(path))
     write_text(output, page)
     print(f"report: {output}")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A complete result file.
-
-    Raises:
-        UserError: it cannot be read, or it lacks a part.
-    """
-    result = result_files.read(path)
-    missing = [part for part in PARTS if not isinstance(result, dict) or part not in result]
-    if missing:
-        raise UserError(
-            f"{path} is not the result of a run: it has no {', '.join(missing[:3])}.\n"
-            "Give a run directory, or a result file as run.py wrote it."
-        )
-    return result
 
 
 def report(result: Mapping[str, Any]) -> str:

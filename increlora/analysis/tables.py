@@ -20,7 +20,7 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join([f"{self.caption}\n", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+        return "\n".join([f"{self.caption}\n", *map(_row, lines)]) + "\n"
 
     def latex(self) -> str:
         """A table for \\usepackage{booktabs}."""
@@ -30,9 +30,19 @@ class Table:
         return "\n".join([*begin, *rows, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 
+def _row(cells: Iterable[str]) -> str:
+    """A row of Markdown; what a cell says ends no cell and no row."""
+    lines = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(lines)} |"
+
+
+WORDS = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$"}
+
+
 def _escaped(text: str) -> str:
-    text = text.replace("**", "").replace("`", "").replace("±", "$\\pm$").replace("−", "$-$")
-    return re.sub(r"(?<!\\)([%_&#])", r"\\\1", text)
+    """Text for LaTeX: nothing in it is a command."""
+    text = text.replace("**", "").replace("`", "")
+    return re.sub(r"[\\~^±−%_&#${}]", lambda found: WORDS.get(found[0], f"\\{found[0]}"), text)
 
 
 # numbers as text
@@ -80,7 +90,7 @@ def _run_row(result: Mapping[str, Any]) -> str:
         f"{cost['seconds']:.0f}",
         f"{cost['peak_memory_mb']:.0f} MB" if cost["peak_memory_mb"] else "",
     ]
-    return f"| {' | '.join(cells)} |"
+    return _row(cells)
 
 
 def best_of_every_metric(runs: Iterable[Mapping[str, Any]]) -> str:
@@ -91,5 +101,5 @@ def best_of_every_metric(runs: Iterable[Mapping[str, Any]]) -> str:
         metrics = [metric for metric in curve[0] if metric not in ("loss", "score")]
         best = ", ".join(f"{metric} {max(scores[metric] for scores in curve):.4f}" for metric in metrics)
         total = sum(result["ranks"]["last"].values())
-        rows.append(f"| {result['run']['task']} | {best} | {total} | {result['cost']['seconds']:.0f} |")
+        rows.append(_row([result["run"]["task"], best, str(total), f"{result['cost']['seconds']:.0f}"]))
     return "\n".join(rows)

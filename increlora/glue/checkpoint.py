@@ -54,7 +54,11 @@ def write(path: Path, document: Mapping[str, Any], keep_previous: bool = False) 
     text = json.dumps({"format": FORMAT, "checksum": _checksum(plain, tensors), "document": plain})
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path, SafetensorError):
+        temporary.unlink(missing_ok=True)  # it may be a link
+        temporary.touch()
+        rights = temporary.stat().st_mode  # as the umask wants it; safetensors makes all its files private
         save_file(tensors, temporary, metadata={"increlora": text})  # with several keys their order would be random
+        temporary.chmod(rights)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if keep_previous and path.exists():
@@ -134,14 +138,17 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"another process is running in {folder}; wait for it or choose another run_dir") from None
-    with lock:  # the file stays: if it were deleted, a third process could lock a new file of the same name
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is running in {folder}; wait for it or choose another run_dir") from None
+        for left in folder.glob(".*tmp*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
+    finally:
+        os.close(lock)  # the file stays: if it were deleted, a third process could lock a new file of the same name
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from increlora.errors import Interrupted, UserError
+from increlora.files import shown
 from increlora.glue.identity import CLASS, KEYS, NEUTRAL, counts
 from increlora.glue.identity import inputs as inputs_of
 
@@ -260,12 +261,16 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def call(*arguments: Any, **keywords: Any) -> Any:
+        if sys.flags.optimize > 1:
+            print("error: python -OO removes docstrings, which transformers needs; leave -OO out", file=sys.stderr)
+            sys.exit(UserError.exit_code)
         before = os.environ.get("HYDRA_FULL_ERROR", "0")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra raise what is wrong instead of printing pages
         try:
             with readable_errors():
                 returned = main(*arguments, **keywords)
-            sys.stdout.flush()  # here, not at the interpreter's end, where it could not be caught
+            if sys.stdout:  # None: it was closed from the start
+                sys.stdout.flush()  # here, not at the interpreter's end, where it could not be caught
             return returned
         except BrokenPipeError:
             if not _reader_has_left():
@@ -276,6 +281,11 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if WANTS_TRACEBACK or error.filename is None:
+                raise
+            print(f"error: cannot use {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            sys.exit(UserError.exit_code)
         except KeyboardInterrupt:  # before or after training, where there is nothing to keep
             sys.exit(128 + signal.SIGINT)
         finally:

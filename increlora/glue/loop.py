@@ -28,6 +28,7 @@ from increlora.method import Method
 from increlora.streams import derive_seed
 
 log = logging.getLogger(__name__)
+CHECKPOINT_SHARE = 0.01  # of a run's time; large models on slow disks keep checkpoints less often
 
 
 @dataclass
@@ -194,6 +195,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.progress = Progress()
         self.started = time.perf_counter()
+        self.saving = 0.0  # seconds that checkpoints took in this session
 
     def run(self, state: Mapping[str, Any] | None) -> Outcome:
         """The loop, from the start or from a checkpoint."""
@@ -232,10 +234,14 @@ class Training:
         self._count(report, indices)
         if report.taken:
             values = self._training_values(report)
-            if progress.step % settings.eval_interval == 0 or progress.step == self.total_steps:
+            evaluated = progress.step % settings.eval_interval == 0 or progress.step == self.total_steps
+            grown = len(method.allocations) > allocations
+            if evaluated:
                 values |= self._evaluate()
-            self.tracker.log(progress.step, values, method.ranks() if len(method.allocations) > allocations else None)
-            if progress.step % settings.checkpoint_interval == 0:
+            if evaluated or grown:  # every matrix has a value of its own: too much for every log line of a long run
+                values |= method.matrix_metrics()
+            self.tracker.log(progress.step, values, method.ranks() if grown else None)
+            if progress.step % settings.checkpoint_interval == 0 and self._may_save():
                 self._save()
         return report
 
@@ -352,11 +358,18 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         checkpoint.load_random_state(state["random"][distributed.rank()])
 
+    def _may_save(self) -> bool:
+        """Whether checkpoints take less than their share of the time so far; the first second is free."""
+        passed = time.perf_counter() - self.started
+        return distributed.gather(self.saving <= 1 + CHECKPOINT_SHARE * passed)[0]
+
     def _save(self) -> None:
         if self.checkpoints:
+            begun = time.perf_counter()
             state = self.state_dict()  # every process takes part
             if distributed.is_main():
                 self.checkpoints.save(state)
+            self.saving += time.perf_counter() - begun
 
     def _interrupt(self, number: int) -> None:
         self._save()

@@ -90,7 +90,7 @@ def write(run_dir: Path, result: Mapping[str, Any]) -> Path:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = run_dir / FILE_NAME
-    write_text(path, as_json(sealed(result), indent=1) + "\n")
+    write_text(path, as_json(sealed(result), indent=1) + "\n", follow=False)
     return path
 
 

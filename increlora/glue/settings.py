@@ -31,7 +31,7 @@ class Settings:
         max_grad_norm: gradients are clipped to this norm over all parameters; None: they are not clipped.
         eval_interval: optimizer steps between evaluations; the last step is always evaluated.
         log_interval: optimizer steps between log lines.
-        checkpoint_interval: optimizer steps between checkpoints.
+        checkpoint_interval: optimizer steps between checkpoints; more if they took over 1 % of the time.
         max_skipped: non-finite steps in a row after which the run counts as diverged.
         precision: fp32, bf16 (autocast) or fp16 (autocast and loss scaling, GPU only).
         device: auto, cpu, cuda or cuda:<n>.

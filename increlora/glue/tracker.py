@@ -4,20 +4,22 @@ The local file is complete by itself. W&B gets the same values in one call per s
 """
 
 import contextlib
+import http.client
 import io
 import json
 import logging
 import netrc
 import os
-import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from increlora.errors import UserError
-from increlora.files import as_json, writing
+from increlora.files import as_json, write_text, writing
 from increlora.matrices import rank_map
 
 log = logging.getLogger(__name__)
@@ -52,9 +54,8 @@ class Tracker:
         self.started = time.perf_counter()
         with writing(self.path):
             run_dir.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+        write_text(self.path, "".join(as_json(line) + "\n" for line in kept), follow=False)
+        with writing(self.path):
             self.file = self.path.open("a", encoding="utf-8")
 
     def _lines_until(self, step: int) -> list[dict[str, Any]]:
@@ -107,8 +108,10 @@ class WandbTracker(Tracker):
         mode: online, offline, disabled, or auto: online where an API key and the network are there.
 
     Raises:
-        UserError: `mode` is none of these.
+        UserError: `mode` is none of these, or it is online and there is no API key.
     """
+
+    init_timeout = 30  # seconds that W&B may take to begin a run online
 
     def __init__(
         self,
@@ -120,7 +123,14 @@ class WandbTracker(Tracker):
         if mode not in MODES:
             raise UserError(f"`mode` must be one of {', '.join(MODES)}, it is '{mode}'")
         self.project, self.entity, self.tags = project, entity, list(tags or [])
-        self.mode = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
+        self.mode = mode
+        if mode == "auto":
+            wanted = os.environ.get("WANDB_MODE", "")
+            if wanted and wanted not in MODES:
+                raise UserError(f"WANDB_MODE must be one of {', '.join(MODES)}, it is '{wanted}'")
+            self.mode = wanted if wanted not in ("", "auto") else "online" if _has_key() and _answers() else "offline"
+        if self.mode == "online" and not _has_key():  # W&B would ask for it and wait
+            raise UserError(f"W&B has no API key for {_server()}: run `wandb login`, or say tracker.mode=offline")
 
     def start(
         self,
@@ -132,6 +142,12 @@ class WandbTracker(Tracker):
         super().start(run_dir, run, config, state)
         self.run: Any = None  # a wandb.Run
         self.failed = False
+        if self.mode == "online":
+            try:
+                return self._init(run_dir, run, config, state or {})
+            except Exception as error:  # a server that is silent or refuses must not cost the record
+                log.warning("W&B is not online (%s: %s); this run is recorded offline", type(error).__name__, error)
+                self.mode = "offline"
         self._mirror(lambda: self._init(run_dir, run, config, state or {}))
 
     def _init(self, run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -149,7 +165,13 @@ class WandbTracker(Tracker):
             group="-".join(str(run[key]) for key in ("task", "method", "budget", "backbone")),
             tags=[*self.tags, *(str(run[key]) for key in ("task", "method", "budget", "backbone"))],
             config={"run": dict(run), **config},
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=self.init_timeout,
+                login_timeout=self.init_timeout,
+                finish_timeout=300,  # what is not uploaded then can be: `wandb sync`
+            ),
         )
         self.run.define_metric("*", step_metric="step")
         self.run.define_metric("eval/score", summary="max")
@@ -202,16 +224,27 @@ class WandbTracker(Tracker):
             log.warning("W&B failed (%s: %s); the local record continues in %s", type(error).__name__, error, self.path)
 
 
-def _online() -> bool:
-    """Whether W&B has an API key and can be reached within two seconds."""
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def _has_key() -> bool:
+    """Whether W&B has credentials for its server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     try:
-        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname or "")
-        if not key:
-            return False
-        port = url.port or (80 if url.scheme == "http" else 443)
-        socket.create_connection((url.hostname, port), timeout=2).close()
-    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: a port that is none
+        return bool(netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(_server()).hostname or ""))
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False
+
+
+def _answers() -> bool:
+    """Whether W&B's server answers within three seconds, whatever it says."""
+    try:
+        urllib.request.urlopen(_server(), timeout=3).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: an address that is none
         return False
     return True
 

@@ -1,9 +1,12 @@
 """Local JSON lines are the truth; W&B offline holds the same values and may fail without harm."""
 
+import contextlib
+import http.server
 import json
 import logging
 import socket
 import struct
+import threading
 
 import pytest
 import wandb
@@ -137,23 +140,64 @@ def test_a_value_that_is_no_number_is_null_in_the_record(tmp_path):
     }  # fmt: skip
 
 
-def test_without_key_or_network_wandb_goes_offline_by_itself(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+@contextlib.contextmanager
+def server(answers: bool):
+    """A server that answers every request with 404, or accepts connections and says nothing; gives its address."""
+    if answers:
+        with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as made:
+            threading.Thread(target=made.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{made.server_port}"
+            made.shutdown()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            yield f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_without_key_or_network_wandb_goes_offline_by_itself(monkeypatch, no_account):
     assert WandbTracker().mode == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        assert WandbTracker().mode == "offline"  # nobody listens there yet
-        server.listen()
-        assert WandbTracker().mode == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    assert WandbTracker().mode == "offline"
+    for answers, mode in ((True, "online"), (False, "offline")):
+        with server(answers) as address:
+            monkeypatch.setenv("WANDB_BASE_URL", address)
+            assert WandbTracker().mode == mode, answers
     monkeypatch.setenv("WANDB_BASE_URL", "https://127.0.0.1:no")
     assert WandbTracker().mode == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert WandbTracker().mode == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(UserError, match="WANDB_MODE must be one of auto, online, offline, disabled, it is 'bogus'"):
+        WandbTracker()
+
+
+def test_online_without_a_key_is_refused_before_anybody_is_asked_for_it(no_account, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"no API key for https://api.wandb.ai: run `wandb login`, or say tracker.mode"):
+        WandbTracker(mode="online")
+    (tmp_path / "keys").write_text(f"machine api.wandb.ai login user password {'x' * 40}")
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    assert WandbTracker(mode="online").mode == "online"
+
+
+def test_a_server_that_never_answers_leaves_an_offline_copy(no_account, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(WandbTracker, "init_timeout", 3)
+    with server(answers=False) as address:
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        tracker = WandbTracker(mode="online")
+        with caplog.at_level(logging.WARNING):
+            record(tracker, tmp_path)
+    assert "W&B is not online" in caplog.text and "this run is recorded offline" in caplog.text
+    assert tracker.where()[-1].startswith("to upload it later: wandb sync")
+    files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert [r.WhichOneof("record_type") for r in wandb_records(files[0])].count("history") == 2
 
 
 def test_a_continued_record_drops_what_came_after_the_checkpoint_and_what_a_kill_cut_short(tmp_path):
