@@ -179,7 +179,7 @@ def read_ranks(pattern: str | None) -> dict[str, int]:
     Raises:
         UserError: there is no such file, or it is not the result of a finished run with ranks.
     """
-    return read(pattern, "ranks", lambda result: result["ranks"].get("last"))
+    return read(pattern, "ranks", lambda ranks: ranks.get("last"))
 
 
 def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
@@ -188,9 +188,7 @@ def read_growths(pattern: str | None) -> dict[int, dict[str, int]]:
     Raises:
         UserError: there is no such file, or it is not the result of a finished run that grew.
     """
-    return read(
-        pattern, "allocations", lambda result: {growth["step"]: growth["added"] for growth in result["allocations"]}
-    )
+    return read(pattern, "allocations", lambda growths: {growth["step"]: growth["added"] for growth in growths})
 
 
 def read(pattern: str | None, part: str, wanted: Callable[[Any], Any]) -> Any:
@@ -201,7 +199,7 @@ def read(pattern: str | None, part: str, wanted: Callable[[Any], Any]) -> Any:
     path = path / result_files.FILE_NAME if path.is_dir() else path
     try:
         result = result_files.read(path, ("status", part))
-        status, found = result["status"], wanted(result)
+        status, found = result["status"], wanted(result[part])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"`pattern`: cannot read ranks from {path}: {first_line(error)}") from None
     if status != "finished" or not found:

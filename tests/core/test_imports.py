@@ -1,11 +1,15 @@
 """Who may import whom: read from the syntax tree, so that nothing needs to run."""
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+from increlora import moved_modules
 
 PACKAGES = ("increlora", "baselines")
 # room -> folder, the packages of others that it may import
@@ -154,3 +158,15 @@ def test_the_library_does_not_print_and_swallows_nothing():
             printed = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
             assert not printed or name(path) == "increlora/glue/config.py"  # which speaks to the person at the keyboard
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), name(path)
+
+
+def test_old_names_of_modules_still_import():
+    for old, new in moved_modules.MOVED.items():
+        with pytest.warns(DeprecationWarning, match=f"increlora.{old} is now increlora.{new}"):
+            sys.modules.pop(f"increlora.{old}", None)
+            module = importlib.import_module(f"increlora.{old}")
+        real = importlib.import_module(f"increlora.{new}")
+        names = [name for name in vars(real) if not name.startswith("_")]
+        assert names and all(getattr(module, name) is getattr(real, name) for name in names)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("increlora.nothing")

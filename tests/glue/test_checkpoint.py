@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -48,6 +49,48 @@ def filled(folder) -> Checkpoints:
     for step in (1, 2):
         checkpoints.save({"step": step, "weights": torch.full((1000,), float(step))})
     return checkpoints
+
+
+def test_files_have_the_rights_of_the_umask_and_leave_links_alone(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".a.safetensors.tmp").symlink_to(tmp_path / "precious")
+    before = os.umask(0o027)
+    try:
+        checkpoint.write(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot write"), checkpoint.exclusive(run):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_a_kill_left_is_removed_by_the_next_session(tmp_path):
+    for name in (".checkpoint.safetensors.tmp", ".tmpLucAFa"):  # ours, and the one of safetensors
+        (tmp_path / name).write_text("half")
+    filled(tmp_path)
+    with checkpoint.exclusive(tmp_path):
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".lock", "checkpoint.safetensors", "previous-checkpoint.safetensors"]
+
+
+def test_checkpoints_on_a_slow_disk_take_their_share_of_the_time_and_no_more(tiny_deberta, tmp_path, monkeypatch):
+    saved = []
+
+    def slow(self, state):
+        saved.append(state["progress"]["step"])
+        time.sleep(0.6)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    given, made, method, tracker = settings(checkpoint_interval=3), data(), increlora(), Tracker()
+    method.prepare(tiny_deberta, given.total_steps(len(made.train)))
+    tracker.start(tmp_path, {"seed": 41}, {"method": {"kinds": TINY_KINDS}})
+    training = Training(tiny_deberta, method, TASK, made, given, tracker, 0, Checkpoints(tmp_path, IDENTITY))
+    training.run(None)
+    assert saved == [3, 6]  # .6 seconds, 1.2: over the free second and 1 % of some seconds
 
 
 def test_the_newest_checkpoint_is_loaded_and_the_one_before_is_kept(tmp_path):

@@ -10,6 +10,7 @@ from finished_runs import SYNTHETIC, finished
 from increlora import result_files
 from increlora.errors import UserError
 from increlora.glue import checkpoint, finished_run
+from increlora.glue.checkpoint import Checkpoints
 
 FLIPS = 200
 
@@ -21,7 +22,14 @@ def run_dir(tmp_path_factory):
 
 def test_a_flipped_bit_or_a_lost_end_is_refused_or_changes_nothing(run_dir, tmp_path):
     draw = random.Random(0)
-    readers = {"result.json": result_files.read, "best.safetensors": checkpoint.read}
+    weights = checkpoint.read(run_dir / "best.safetensors")
+    same = {"config": {"seed": 41}}
+    Checkpoints(run_dir, same).save({"step": 3, **weights["state"]})
+    readers = {
+        "result.json": result_files.read,
+        "best.safetensors": checkpoint.read,
+        "checkpoint.safetensors": lambda path: Checkpoints(path.parent, same).load(),  # as a run that continues
+    }
     outcomes = {}
     for name, read in readers.items():
         whole, path = (run_dir / name).read_bytes(), tmp_path / name
@@ -38,6 +46,7 @@ def test_a_flipped_bit_or_a_lost_end_is_refused_or_changes_nothing(run_dir, tmp_
             except UserError:
                 outcome = "refused"
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    (run_dir / "checkpoint.safetensors").unlink()
     assert set(outcomes) <= {"refused", "the same"} and outcomes["refused"] > 0.8 * FLIPS, outcomes
 
 
@@ -70,3 +79,15 @@ def test_a_result_file_builds_no_class_of_strangers(run_dir, tmp_path, monkeypat
             finished_run.run_config(result["config"] | {"task": {"labels": [hidden]}}, [])
     result["config"]["task"]["_target_"] = "collections.OrderedDict"
     assert finished_run.run_config(result["config"], ["trust=collections"]).task._target_ == "collections.OrderedDict"
+
+
+def test_what_is_no_result_is_named_and_keeps_no_other_out(run_dir, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_bytes((run_dir / "result.json").read_bytes())
+    for text in ("{}", "[]", "", '"x"', "\x00", '{"status": "finished"}', '{"run": 3}'):
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(UserError, match=r"is not the result of a run: it has no|cannot read the result file"):
+            result_files.load_runs(tmp_path)
+        passed_over: list[str] = []
+        assert len(result_files.load_runs(tmp_path, passed_over)) == 1
+        assert len(passed_over) == 1 and str(tmp_path / "result.json") in passed_over[0]

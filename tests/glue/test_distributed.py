@@ -12,6 +12,8 @@ import torch
 from conftest import HELPERS, ROOT
 from warm_python import python
 
+from increlora import distributed
+from increlora.errors import UserError
 from increlora.glue import checkpoint
 
 WORKER = HELPERS / "distributed_worker.py"
@@ -145,3 +147,15 @@ def test_what_a_process_passes_over_is_not_mixed_up_with_what_it_uses(tmp_path):
     assert list(one["weights"]) == list(two["weights"])
     for name, value in one["weights"].items():
         torch.testing.assert_close(torch.tensor(two["weights"][name]), torch.tensor(value), rtol=1e-7, atol=1e-9)
+
+
+def test_a_broken_environment_is_named(monkeypatch):
+    for name in (*distributed.SIZES, "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2, but MASTER_ADDR is not set: start the processes with torchrun"):
+        distributed.start("cpu")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(UserError, match="the environment variable RANK must be a whole number, it is 'x'"):
+        distributed.start("cpu")

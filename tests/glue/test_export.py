@@ -14,9 +14,10 @@ from in_process import call, load
 from safetensors.torch import load_file
 
 from increlora import result_files
+from increlora.analysis.tables import Table
 from increlora.errors import UserError
 from increlora.glue import export, finished_run
-from increlora.glue.model_card import model_card
+from increlora.glue.model_card import code, fenced, model_card, plain
 
 script = load(ROOT / "scripts" / "export.py")
 TEXTS = [
@@ -368,3 +369,15 @@ def test_directories_that_are_no_finished_run(lora_run, tmp_path):
     assert "are not those in result.json" in message(copied(lora_run, tmp_path / "d", ranks=ranks))
     assert "'method.alpha=64': of a finished run only backbone.path" in message(lora_run, "method.alpha=64")
     assert "there is no such folder" in message(lora_run, "backbone.path=nowhere")
+
+
+def test_names_of_strangers_are_no_markup():
+    hostile = "a|b](http://x) <script> `c` ``d`` *e*\n# f \x1b[31m"
+    assert plain(hostile) == r"a\|b\](http://x) \<script\> \`c\` \`\`d\`\` \*e\*\\n\# f \\x1b\[31m"
+    assert plain("synthetic_entailment") == "synthetic_entailment"
+    assert code("a``b`c") == "``` a``b`c ```" and code("plain") == "`plain`"
+    assert fenced("sh", "```\nrm") == "````sh\n```\nrm\n````"
+    table = Table("50 % of $x", ["a|b\nc"], [[r"\input{x}^~_#&"]])
+    assert table.markdown() == "50 % of $x\n\n| a\\|b c |\n| --- |\n| \\input{x}^~_#& |\n"
+    assert r"\caption{50 \% of \$x}" in table.latex()
+    assert r"\textbackslash{}input\{x\}\textasciicircum{}\textasciitilde{}\_\#\&" in table.latex()

@@ -71,6 +71,9 @@ def test_a_run_evaluates_every_interval_and_at_the_end(tiny_deberta, tmp_path):
     assert outcome.cost["steps"] == 30 and outcome.cost["tokens"] > outcome.cost["padded_tokens"] > 0
     logged = [line["step"] for line in lines if "train/loss" in line]
     assert logged == [5, 10, 15, 20, 25, 30]
+    by_matrix = [line["step"] for line in lines if any(key.startswith("score/") for key in line)]
+    assert by_matrix == [7, 9, 13, 14, 17, 21, 28, 30]  # where the run is evaluated, and after a growth
+    assert all(("rank/" in " ".join(line)) == ("score/" in " ".join(line)) for line in lines)
     grown = {line["step"]: sum(line["ranks"].values()) for line in lines if "ranks" in line}
     assert grown == {9: 17, 13: 22, 17: 24}  # growth happens within steps 8, 12, 16
 

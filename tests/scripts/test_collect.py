@@ -23,14 +23,17 @@ def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_p
         other.mkdir()
         changed = result_files.sealed(clean | {"code": clean["code"] | code})
         (other / "result.json").write_text(json.dumps(changed))
+    (tmp_path / "runs" / "tiny" / "seed45").mkdir()
+    (tmp_path / "runs" / "tiny" / "seed45" / "result.json").write_text("{}")
     monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
-    assert call(script, monkeypatch, tmp_path / "runs") == 0
+    assert call(script, monkeypatch, tmp_path / "runs") == 1  # something was no result; the others are taken
     said = capsys.readouterr()
     assert "1 results copied" in said.out and "uncommitted changes" in said.err and "seed42" in said.err
     assert "it ran on c0ffee, decade" in said.err and "seed43" in said.err
     copied = json.loads((tmp_path / "results" / "runs" / "tiny" / "seed41.json").read_text())
     assert copied == result_files.sealed(clean | {"data": clean["data"] | {"source": "glue"}})
     assert "its commit is not known" in said.err and "seed44" in said.err
+    assert "seed45/result.json is not the result of a run" in said.err
     assert len(list((tmp_path / "results").rglob("*.json"))) == 1
 
 

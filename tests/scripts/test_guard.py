@@ -52,6 +52,27 @@ def test_another_broken_pipe_is_no_reader_that_left():
     assert done.returncode == 1 and "BrokenPipeError: of something else" in done.stderr
 
 
+def told(*command: object, **options) -> tuple[int, str]:
+    """Exit code and messages of a Python command."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+    return done.returncode, done.stderr
+
+
+def test_what_the_system_refuses_is_told_in_one_line():
+    said = told("-c", TALKATIVE.replace('print("a line', 'open("x" * 300); print("a line'), 1)
+    assert said == (2, f"error: cannot use {'x' * 200}... (300 characters): File name too long\n")
+
+
+def test_an_interpreter_without_docstrings_is_refused():
+    assert told("-OO", "-c", TALKATIVE, 1) == (
+        2, "error: python -OO removes docstrings, which transformers needs; leave -OO out\n",
+    )  # fmt: skip
+
+
+def test_a_closed_output_is_no_error():
+    assert told("-c", f"import sys\nsys.stdout = None\n{TALKATIVE}", 1) == (0, "")
+
+
 @pytest.mark.parametrize("script", COMMANDS)
 def test_real_commands_end_so(script):
     code, said = read_by_nobody(ROOT / "scripts" / script, *COMMANDS[script])
