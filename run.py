@@ -67,7 +67,8 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         method.prepare(model, settings.total_steps(len(data.train)))
     code, inputs = machine.code_state(str(device)), identity.inputs(task, backbone, method)
     same = identity.of_checkpoint(resolved, inputs, distributed.processes())
-    checkpoints = Checkpoints(run_dir, same, [f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}"])
+    commit = f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}"
+    checkpoints = Checkpoints(run_dir, same, [commit], [code["threads"]])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
         done = None if cfg.overwrite else finished_meanwhile(run_dir, resolved, inputs)
         if done is not None:
@@ -83,7 +84,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         status, summary, where = "failed", {}, []
         try:
             outcome = loop(model, method, task, data, settings, recorder, tokenizer.pad_token_id, checkpoints, state)
-            code["commits"] = checkpoints.commits
+            code |= {"commits": checkpoints.commits, "threads_of_sessions": checkpoints.threads}
             result = results.build(run, resolved, data, outcome, code, inputs, checkpoints.digests())
             if distributed.is_main():
                 results.write(run_dir, result)

@@ -88,6 +88,26 @@ def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
 # JSON
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """What JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, nests too deeply, or a key comes twice in an object.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(repr(next(key for key in keys if keys.count(key) > 1)))} comes twice")
+    return found
+
+
 def as_json(value: Any, **options: Any) -> str:
     """Plain data as JSON; a number that is not finite becomes null, for JSON has none.
 

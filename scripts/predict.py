@@ -20,7 +20,7 @@ from typing import BinaryIO, TextIO
 from torch import Tensor
 
 from increlora.errors import UserError
-from increlora.files import as_json, replacing, shown, writing
+from increlora.files import as_json, parsed_json, replacing, shown, writing
 from increlora.glue import config, finished_run
 from increlora.glue.tasks import Task
 from increlora.glue.tsv import decoded
@@ -117,7 +117,7 @@ def json_texts(lines: Iterable[bytes], name: str, task: Task) -> Iterator[tuple[
     for number, line in numbered(lines, name):
         where = f"{name}, line {number}"
         try:
-            row = json.loads(line)
+            row = parsed_json(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error}); give one object per line") from None
         yield tuple(task.text(json_text(row, field, where), where) for field in task.fields)

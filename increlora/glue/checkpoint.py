@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from increlora.errors import UserError, first_line
-from increlora.files import writing
+from increlora.files import parsed_json, writing
 from increlora.glue.digest import sha256
 from increlora.glue.identity import changed_since
 from increlora.method import Method
@@ -79,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["increlora"])
+            header = parsed_json((file.metadata() or {})["increlora"])
             if header["format"] not in READABLE:
                 raise UserError(
                     f"{path} is of checkpoint format {header['format']}, this version reads {FORMAT}: use the "
@@ -185,11 +185,13 @@ class Checkpoints:
         folder: the run directory.
         identity: what must be the same for a run to be continued (`identity.of_checkpoint`).
         commits: of the code, in order; `load` puts those of the run so far before them.
+        threads: of the processor, in the same way; another number rounds differently.
     """
 
     folder: Path
     identity: Mapping[str, Any]
     commits: list[str] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -200,7 +202,9 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; the one before is still good.
         """
-        document = {"identity": self.identity, "commits": self.commits, "state": state}
+        document = {
+            "identity": self.identity, "commits": self.commits, "threads": self.threads, "state": state,
+        }  # fmt: skip
         write(self.path("checkpoint"), document, keep_previous=True)
 
     def load(self) -> dict[str, Any] | None:
@@ -221,6 +225,13 @@ class Checkpoints:
                 "Give the arguments and the data it was started with, or overwrite=true to start again."
             )
         self.commits = list(dict.fromkeys([*document.get("commits", []), *self.commits]))
+        self.threads = list(dict.fromkeys([*document.get("threads", []), *self.threads]))
+        if len(self.threads) > 1:
+            log.warning(
+                "this run had %s threads and goes on with %s: its numbers will differ in the last digits from a run "
+                "without this change (set OMP_NUM_THREADS); the result says so",
+                *self.threads[-2:],
+            )
         return document["state"]
 
     def keep(self, name: str, state: Mapping[str, Any]) -> None:

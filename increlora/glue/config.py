@@ -279,7 +279,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             if WANTS_TRACEBACK:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", "\n".join(shown(line, 2000) for line in str(error).splitlines()), file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:
             if WANTS_TRACEBACK or error.filename is None:

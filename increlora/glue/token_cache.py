@@ -9,8 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from increlora.glue.cache_folder import cache_folder
 
 log = logging.getLogger(__name__)
 FROM = 10_000  # examples: with fewer, tokenising is as fast as reading the cache
-FORMAT = 1
-
-
+FORMAT = 2  # with a checksum
+NAMES = ("input_ids", "token_type_ids")
 Encoded = tuple[list[list[int]], list[list[int]] | None]  # token ids, and segment ids if the tokenizer has any
 
 
@@ -71,21 +69,31 @@ def _read(path: Path) -> Encoded | None:
     try:
         with np.load(path) as file:
             ends = np.cumsum(file["lengths"])[:-1]
-            rows = {name: [row.tolist() for row in np.split(file[name], ends)] for name in file if name != "lengths"}
+            if file["checksum"].tobytes() != _checksum({name: file[name] for name in file if name != "checksum"}):
+                return None
+            rows = {name: [row.tolist() for row in np.split(file[name], ends)] for name in NAMES if name in file}
         return rows["input_ids"], rows.get("token_type_ids")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # damage shows itself in many ways, and the ids can always be computed
         return None
 
 
+def _checksum(arrays: Mapping[str, Any]) -> bytes:
+    """sha256 over name, type, shape and bytes of every array."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode() + arrays[name].tobytes())
+    return digest.digest()
+
+
 def _write(path: Path, found: Encoded) -> None:
-    names = ("input_ids", "token_type_ids")
     arrays: dict[str, Any] = {name: np.concatenate([np.array(row, dtype=np.int32) for row in rows])
-              for name, rows in zip(names, found, strict=True) if rows is not None}  # fmt: skip
+              for name, rows in zip(NAMES, found, strict=True) if rows is not None}  # fmt: skip
+    arrays["lengths"] = np.array([len(row) for row in found[0]])
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            np.savez(file, lengths=np.array([len(row) for row in found[0]]), **arrays)
+            np.savez(file, checksum=np.frombuffer(_checksum(arrays), np.uint8), **arrays)
         os.replace(temporary, path)
     except OSError as error:
         log.info("tokens are not cached: %s", error)

@@ -6,7 +6,6 @@ The local file is complete by itself. W&B gets the same values in one call per s
 import contextlib
 import http.client
 import io
-import json
 import logging
 import netrc
 import os
@@ -19,7 +18,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from increlora.errors import UserError
-from increlora.files import as_json, write_text, writing
+from increlora.files import as_json, parsed_json, write_text, writing
 from increlora.matrices import rank_map
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class Tracker:
         lines = []
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                lines.append(parsed_json(text))
         return [line for line in lines if line.get("step", step + 1) <= step]
 
     def log(self, step: int, values: Mapping[str, float], ranks: Mapping[str, int] | None = None) -> None:

@@ -110,6 +110,16 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(tmp_path, size
     assert "truncated or not a checkpoint" in caplog.text and "the previous checkpoint is complete" in caplog.text
 
 
+def test_another_number_of_threads_is_recorded_and_said(tmp_path, caplog):
+    Checkpoints(tmp_path, IDENTITY, threads=[1]).save({"step": 1})
+    again = Checkpoints(tmp_path, IDENTITY, threads=[1])
+    again.load()
+    assert again.threads == [1] and not caplog.text
+    other = Checkpoints(tmp_path, IDENTITY, threads=[2])
+    other.load()
+    assert other.threads == [1, 2] and "this run had 1 threads and goes on with 2" in caplog.text
+
+
 def test_a_kill_between_the_two_renames_leaves_the_one_before(tmp_path):
     checkpoints = filled(tmp_path)
     os.remove(tmp_path / "checkpoint.safetensors")

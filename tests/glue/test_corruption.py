@@ -84,7 +84,17 @@ def test_a_result_file_builds_no_class_of_strangers(run_dir, tmp_path, monkeypat
 def test_what_is_no_result_is_named_and_keeps_no_other_out(run_dir, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "result.json").write_bytes((run_dir / "result.json").read_bytes())
-    for text in ("{}", "[]", "", '"x"', "\x00", '{"status": "finished"}', '{"run": 3}'):
+    for text in (
+        "{}",
+        "[]",
+        "",
+        '"x"',
+        "\x00",
+        '{"status": "finished"}',
+        '{"run": 3}',
+        "[" * 10**5,
+        '{"a": 1, "a": 1}',
+    ):
         (tmp_path / "result.json").write_text(text)
         with pytest.raises(UserError, match=r"is not the result of a run: it has no|cannot read the result file"):
             result_files.load_runs(tmp_path)

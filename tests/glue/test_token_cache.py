@@ -1,5 +1,7 @@
 """The token cache: the same ids with and without it, a miss whenever anything that they depend on is another."""
 
+import random
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -104,3 +106,18 @@ def test_small_splits_and_slow_tokenizers_are_not_cached(calls, tmp_path, monkey
     monkeypatch.setattr(token_cache, "FROM", 4)
     encode(calls), encode(calls)
     assert len(calls) == 2 and not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_damaged_file_gives_no_other_ids(calls):
+    encode(calls)
+    (path,) = token_cache.folder().iterdir()
+    whole, draw = path.read_bytes(), random.Random(0)
+    for number in range(200):
+        damaged = bytearray(whole)
+        if number % 4:
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        else:
+            del damaged[draw.randrange(len(whole)) :]
+        path.write_bytes(damaged)
+        assert encode(calls) == BY_HAND, number
+    assert len(calls) > 100  # nearly all damage was seen; the rest is where the zip keeps nothing
