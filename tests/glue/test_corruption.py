@@ -101,3 +101,10 @@ def test_what_is_no_result_is_named_and_keeps_no_other_out(run_dir, tmp_path):
         passed_over: list[str] = []
         assert len(result_files.load_runs(tmp_path, passed_over)) == 1
         assert len(passed_over) == 1 and str(tmp_path / "result.json") in passed_over[0]
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(run_dir, monkeypatch):
+    before = (run_dir / "result.json").read_bytes()
+    monkeypatch.setattr("increlora.glue.loop.train", lambda *_: pytest.fail("it trains again"))
+    finished(run_dir, "backbone=tiny", *SYNTHETIC, "method=increlora")  # it looked before the result was there
+    assert (run_dir / "result.json").read_bytes() == before
