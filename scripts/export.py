@@ -9,6 +9,7 @@ that size are no more exact: the trained model itself differs by as much from on
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def main() -> None:
         arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"]
     )
     with whole(output) as folder:
-        difference, largest = write_and_compare(run, folder, arguments.format, arguments.base)
+        difference, largest = write_and_compare(run, folder, arguments.format, arguments.base, arguments.tokenizer)
     print(f"{output}: read back, its logits differ by at most {difference:.1e} (largest logit {largest:.2f})")
 
 
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, metavar="DIR", help="default: RUN_DIR/peft or RUN_DIR/merged")
     made.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
     made.add_argument("--base", metavar="NAME", help="name of the base model to write into the adapter")
+    made.add_argument(
+        "--without-tokenizer", dest="tokenizer", action="store_false", help="of an adapter: the base model has it"
+    )
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="backbone.path=DIR, method.pattern=RUN_DIR")
     return made
 
@@ -61,7 +65,9 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def write_and_compare(run: Trained, folder: Path, kind: str, base: str | None = None) -> tuple[float, float]:
+def write_and_compare(
+    run: Trained, folder: Path, kind: str, base: str | None = None, tokenizer: bool = True
+) -> tuple[float, float]:
     """Write to an empty folder and read it back: the largest difference between logits, and the largest logit.
 
     Raises:
@@ -70,12 +76,14 @@ def write_and_compare(run: Trained, folder: Path, kind: str, base: str | None = 
     texts = probes(run)
     expected = run.logits(texts)
     if kind == "peft":
-        export.write_adapter(run, folder, base)
+        export.write_adapter(run, folder, base, tokenizer)
         model = adapter_model(run, folder)
     else:
         export.write_merged(run, folder)
         model = merged_model(folder)
-    difference = (logits(model, folder, texts) - expected).abs().max().item()
+    folders_own = tokenizer or kind == "merged"
+    found = logits(model, read_tokenizer(folder) if folders_own else run.tokenizer, run.task.max_length, texts)
+    difference = (found - expected).abs().max().item()
     largest = expected.abs().max().item()
     if not difference < TOLERANCE * max(1.0, largest):
         raise UserError(
@@ -109,13 +117,17 @@ def probes(run: Trained, count: int = 16, longest: int = 48) -> list[tuple[str, 
     return [*texts, (ODD_CHARACTERS,) * fields]
 
 
-@torch.inference_mode()
-def logits(model: nn.Module, folder: Path, texts: list[tuple[str, ...]]) -> Tensor:
-    """Logits of the texts with the folder's own tokenizer, as its users call it."""
+def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model(**tokenizer(*zip_columns(texts), truncation=True, padding=True, return_tensors="pt")).logits
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, tokenizer: Any, max_length: int, texts: list[tuple[str, ...]]) -> Tensor:
+    """Logits of the texts, tokenised as the adapter's users do it."""
+    rows = tokenizer(*zip_columns(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    return model(**rows).logits
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from increlora.glue.model_card import model_card
 from increlora.integrations import peft_export
 
 
-def write_adapter(trained: Trained, folder: Path, base: str | None = None) -> None:
+def write_adapter(trained: Trained, folder: Path, base: str | None = None, tokenizer: bool = True) -> None:
     """Write a run's adapter to an empty folder: what `save_peft_adapter` writes, the tokenizer and `README.md`.
 
     Args:
+        tokenizer: False leaves it out; it is then taken from the base model.
         base: the base model's name to write down; None is `backbone.path` if given, else the hub's name.
 
     Raises:
@@ -26,8 +27,10 @@ def write_adapter(trained: Trained, folder: Path, base: str | None = None) -> No
             "the merged model can be written instead"
         )
     peft_export.save_tensors(config, tensors, folder)
-    trained_tokenizer(trained).save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(trained, "peft", base), encoding="utf-8")
+    if tokenizer:
+        trained_tokenizer(trained).save_pretrained(folder)
+    card = model_card(trained, "peft", base, base if base and not tokenizer else "THIS_FOLDER")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_merged(trained: Trained, folder: Path) -> None:

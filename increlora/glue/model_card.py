@@ -12,12 +12,13 @@ from increlora.glue.tasks import GLUE
 from increlora.matrices import rank_map
 
 
-def model_card(trained: Trained, kind: str, base: str | None) -> str:
+def model_card(trained: Trained, kind: str, base: str | None, tokenizer: str = "THIS_FOLDER") -> str:
     """`README.md`: what was trained on what, scores, labels, ranks, how to load it and how it was made.
 
     Args:
         kind: `peft` or `merged`.
         base: the base model's name.
+        tokenizer: where an adapter's users load the tokenizer from.
     """
     run = trained.result["run"]
     title = f"{run['method']} on {run['task']} ({run['backbone']}, budget {run['budget']}, seed {run['seed']})"
@@ -28,7 +29,7 @@ def model_card(trained: Trained, kind: str, base: str | None) -> str:
         "## Scores\n\n" + _scores(trained),
         "## Labels\n\n" + _labels(trained),
         *(["## Ranks\n\n" + _ranks(trained, kind)] if trained.method.ranks() else []),
-        "## Use\n\n" + (_use_adapter(trained, base) if kind == "peft" else _use_merged(trained)),
+        "## Use\n\n" + (_use_adapter(trained, base, tokenizer) if kind == "peft" else _use_merged(trained)),
         "## Made by\n\n" + _made_by(trained, kind),
     ]
     return "\n\n".join(sections) + "\n"
@@ -81,7 +82,7 @@ def _ranks(trained: Trained, kind: str) -> str:
     return "\n".join([total + "\n", *head, *rows])
 
 
-def _use_adapter(trained: Trained, base: str | None) -> str:
+def _use_adapter(trained: Trained, base: str | None, tokenizer: str) -> str:
     revision = f", revision={trained.backbone.revision!r}" if trained.backbone.revision else ""
     texts = ", ".join(repr(f"{name} ...") for name in trained.task.fields)
     use = fenced(
@@ -91,8 +92,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={trained.task.num_labels}{revision})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()  # .merge_and_unload() gives a plain model
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-inputs = tokenizer({texts}, truncation=True, return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+inputs = tokenizer({texts}, truncation=True, max_length={trained.task.max_length}, return_tensors="pt")
 model(**inputs).logits""",
     )
     return f"""{use}

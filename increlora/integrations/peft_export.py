@@ -300,4 +300,8 @@ def whole(folder: Path) -> Iterator[Path]:
             made = Path(temporary) / "export"
             made.mkdir()
             yield made
+            (rights := Path(temporary) / "rights").touch()
+            for file in made.rglob("*"):
+                if file.is_file():  # as the umask wants it; safetensors makes all its files private
+                    file.chmod(rights.stat().st_mode)
             os.replace(made, folder)

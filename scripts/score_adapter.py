@@ -1,0 +1,40 @@
+"""Score a released adapter (a folder of results/adapters) on its task, beside the score that its run reported.
+
+    python scripts/score_adapter.py results/adapters/mrpc [task.data_dir=GLUE] [backbone.path=DIR]
+
+The folder holds a PEFT adapter and the result of the run that it comes from, which says task, backbone and precision.
+The adapter is loaded by PEFT on the pretrained model and scored by the benchmark's own evaluation. The update is
+computed here in another order of operations than in training, so in bf16 a few borderline examples may change sides.
+"""
+
+import argparse
+from pathlib import Path
+
+from increlora.glue import config, finished_run
+from increlora.glue.evaluate import evaluate
+
+
+@config.guarded
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="ADAPTER", help="a folder of results/adapters")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task.data_dir=DIR, backbone.path=DIR, ...")
+    arguments = parser.parse_args()
+    from peft import PeftModel
+
+    result = finished_run.read_result(arguments.folder)
+    precision = f"precision={result['config']['train']['precision']}"
+    cfg = finished_run.run_config(result["config"], [precision, *arguments.overrides])
+    settings, task, backbone = (config.build(cfg[key]) for key in ("train", "task", "backbone"))
+    tokenizer = backbone.tokenizer()
+    data = task.load(tokenizer)
+    model = PeftModel.from_pretrained(backbone.model(task.num_labels), arguments.folder).to(settings.torch_device)
+    scores = evaluate(model, task, data, settings, tokenizer.pad_token_id)
+    reported = result["scores"]["best"]["metrics"]
+    for split, metrics in scores.items():
+        for metric, value in metrics.items():
+            print(f"{split:12s} {metric:10s} {value:.4f}   reported {reported[split][metric]:.4f}")
+
+
+if __name__ == "__main__":
+    main()
