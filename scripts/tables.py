@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from increlora import result_files
-from increlora.analysis import base_size, selection
+from increlora.analysis import base_size, selection, study_c
 from increlora.analysis.benchmark_table import benchmark_table
 from increlora.analysis.claims import Evidence, claims
 from increlora.analysis.glue_table import glue
@@ -61,6 +61,8 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
     of_base_size = selection.of_experiment(runs, base_size.EXPERIMENT)
     if of_base_size:
         found |= base_size.built(of_base_size, allocation)
+    if (tests := study_c.table(selection.of_experiment(runs, study_c.EXPERIMENT))).rows:
+        found["study_c_tests"] = tests
     return found
 
 

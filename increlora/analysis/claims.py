@@ -7,7 +7,7 @@ A verdict is supported, contradicted, undecided or not run here. What counts as 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from increlora.analysis import base_size, selection
+from increlora.analysis import base_size, selection, study_c
 from increlora.analysis.selection import Run, Runs
 from increlora.analysis.tables import Table
 
@@ -84,6 +84,11 @@ def follows_the_published_map(axis: str) -> Callable[[Evidence], str]:
     return decide
 
 
+def of_study_c(part: str) -> Callable[[Evidence], str]:
+    """What a part of study C says by its protocol."""
+    return lambda evidence: study_c.verdict(evidence.runs_of(study_c.EXPERIMENT), part)
+
+
 def described(experiment: str, part: str = "") -> Callable[[Evidence], str]:
     """Undecided where there are runs that no rule decides (yet), else not run here."""
 
@@ -155,7 +160,7 @@ CLAIMS = (
         "Figure 4",
         "better than LoRA at every average rank, and more so at small ones",
         "paired tests over six seeds at five budgets",
-        described("study_c", "budget=r16"),
+        of_study_c("Figure 4"),
         f"{STUDY_C}, its first part",
         SWEEP_C,
     ),
@@ -187,7 +192,7 @@ CLAIMS = (
         "Table 2",
         "orthogonality, advance learning and restart warmup each help",
         "main effects in a 2 x 2 x 2 factorial, eight seeds",
-        described("study_c", "method.orth_weight=0.0"),
+        of_study_c("Table 2"),
         f"{STUDY_C}, its second part",
         SWEEP_C,
     ),
@@ -195,7 +200,7 @@ CLAIMS = (
         "Table 3",
         "the final rank map is worth something by itself; growing is worth more",
         "paired tests of retrained and shuffled maps, six seeds",
-        described("study_c", "method.pattern"),
+        of_study_c("Table 3"),
         f"{STUDY_C}, its third part",
         SWEEP_C,
     ),
@@ -203,7 +208,7 @@ CLAIMS = (
         "text",
         "the advantage is larger in low resource settings",
         "paired tests at 2, 10 and 50 % of the data and at r1 to r16, six seeds",
-        described("study_c", "task.train_fraction"),
+        of_study_c("low resource"),
         f"{STUDY_C}, its fourth part",
         SWEEP_C,
     ),

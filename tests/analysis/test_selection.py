@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from increlora import result_files
 from increlora.analysis import selection
 from increlora.errors import UserError
 
@@ -26,7 +27,8 @@ def committed(tmp_path, monkeypatch):
         for number, run in enumerate(runs):
             path = tmp_path / "runs" / str(number) / f"seed{run['run']['seed']}.json"
             path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(run))
+            empty = {part: kind() for part, kind in result_files.PARTS.items()}
+            path.write_text(json.dumps(empty | run))
 
     return write
 

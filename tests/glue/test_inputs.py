@@ -110,7 +110,7 @@ def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch
     commits = iter(["c0ffee", "decade"])
 
     def state(device):
-        return {"commit": next(commits), "dirty": False}
+        return {"commit": next(commits), "dirty": False, "threads": 1}
 
     monkeypatch.setattr(machine, "code_state", state)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):

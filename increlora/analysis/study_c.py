@@ -1,0 +1,175 @@
+"""The tests of study C by its protocol (results/studies/study_c.md), from the result files."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from increlora.analysis import comparison
+from increlora.analysis.base_size import SPLIT
+from increlora.analysis.selection import Run
+from increlora.analysis.tables import Table
+
+EXPERIMENT = "study_c"
+MARGIN = 0.3  # points: an interval within it says that there is no effect
+SIX, EIGHT = range(47, 53), range(47, 55)
+Arm = tuple[tuple[str, object], ...]  # what tells the runs of an arm from all others
+Values = dict[int, float]  # by seed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A test: its question, the paired differences by seed, p (of Table 2 Holm's), and the word for it."""
+
+    part: str
+    question: str
+    values: tuple[float, ...]
+    p: float
+    word: str  # supported, contradicted, no effect, undecided
+
+
+USUAL = {
+    "budget": "r2", "orthogonality": True, "advance": True, "restart": True, "authors": False, "map": None,
+    "data": None, "often": False,
+}  # fmt: skip
+
+
+def features(run: Run) -> dict[str, object]:
+    """What tells the arms of the study apart."""
+    config = run["config"]
+    method, train = config["method"], config["train"]
+    pattern = str(method.get("pattern"))
+    return {
+        "method": method["name"],
+        "budget": run["run"]["budget"],
+        "orthogonality": bool(method.get("orth_weight")),
+        "advance": method.get("advance_learning", True),
+        "restart": method.get("restart_warmup", True),
+        "authors": train.get("adamw") == "authors",
+        "map": next((name for name in ("increlora", "adalora") if f"/{name}/" in pattern), None),
+        "data": config["task"].get("train_fraction", 1.0) if config["task"]["holdout"] == 0.5 else None,
+        "often": train["eval_interval"] == 20,  # the runs of Figure 5
+    }
+
+
+class Study:
+    """The compared runs of the study, found by what tells them apart.
+
+    Args:
+        runs: results; those of other experiments and the trials of learning rates must not be among them.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = [(features(run), run) for run in runs if run["run"]["seed"] in EIGHT]
+
+    def arm(self, method: str, **changes: object) -> Values:
+        """The primary number by seed, in points, of the runs of an arm."""
+        wanted = USUAL | {"method": method} | changes
+        if method in ("lora", "adalora"):  # these have none of IncreLoRA's switches
+            wanted.pop("orthogonality")
+        found = [run for told, run in self.runs if all(told[key] == value for key, value in wanted.items())]
+        return {run["run"]["seed"]: 100 * run["scores"]["last"]["metrics"][SPLIT]["score"] for run in found}
+
+    def over_lora(self, **changes: object) -> Values:
+        return minus(self.arm("increlora", **changes), self.arm("lora", **changes))
+
+    def main_effect(self, factor: str) -> Values:
+        """On minus off, a mean over the other two."""
+        others = [name for name in ("orthogonality", "advance", "restart") if name != factor]
+        effects = []
+        for first, second in itertools.product((True, False), repeat=2):
+            fixed = dict(zip(others, (first, second), strict=True))
+            on, off = (self.arm("increlora", **fixed, **{factor: switched}) for switched in (True, False))
+            effects.append(minus(on, off))
+        return mean(effects)
+
+
+def minus(one: Values, other: Values) -> Values:
+    return {seed: one[seed] - other[seed] for seed in one.keys() & other.keys()}
+
+
+def mean(parts: Sequence[Values]) -> Values:
+    seeds = set.intersection(*map(set, parts))
+    return {seed: float(np.mean([part[seed] for part in parts])) for seed in seeds}
+
+
+TESTS: dict[str, tuple[range, dict[str, Callable[[Study], Values]]]] = {
+    "Figure 4": (SIX, {
+        "IncreLoRA minus LoRA, mean over r2, r4, r8, r16":
+            lambda s: mean([s.over_lora(budget=budget) for budget in ("r2", "r4", "r8", "r16")]),
+        "that difference at r2 minus the one at r16":
+            lambda s: minus(s.over_lora(), s.over_lora(budget="r16")),
+    }),
+    "Table 2": (EIGHT, {
+        "orthogonality": lambda s: s.main_effect("orthogonality"),
+        "advance learning": lambda s: s.main_effect("advance"),
+        "restart warmup": lambda s: s.main_effect("restart"),
+    }),
+    "Table 3": (SIX, {
+        "IncreLoRA's map minus the same map shuffled":
+            lambda s: minus(s.arm("static_pattern", map="increlora"), s.arm("shuffled_pattern", map="increlora")),
+        "IncreLoRA minus its map from scratch":
+            lambda s: minus(s.arm("increlora"), s.arm("static_pattern", map="increlora")),
+        "IncreLoRA's map minus AdaLoRA's, from scratch":
+            lambda s: minus(s.arm("static_pattern", map="increlora"), s.arm("static_pattern", map="adalora")),
+    }),
+    "low resource": (SIX, {
+        "IncreLoRA minus LoRA at 2 % of the data less the same at 50 %":
+            lambda s: minus(s.over_lora(data=0.04), s.over_lora(data=1.0)),
+        "IncreLoRA minus LoRA at r1 less the same at r16":
+            lambda s: minus(s.over_lora(budget="r1"), s.over_lora(budget="r16")),
+    }),
+}  # fmt: skip
+
+
+def outcomes(runs: Sequence[Run], part: str) -> list[Outcome]:
+    """The outcome of every test of a part; empty while a run of the part is missing."""
+    study, (seeds, tests) = Study(runs), TESTS[part]
+    values = {question: test(study) for question, test in tests.items()}
+    if any(set(found) < set(seeds) for found in values.values()):
+        return []
+    paired = {question: tuple(found[seed] for seed in seeds) for question, found in values.items()}
+    p = [comparison.sign_flip_test(differences) for differences in paired.values()]
+    if part == "Table 2":
+        p = comparison.holm(p).tolist()
+    made, found = True, []
+    for (question, differences), value in zip(paired.items(), p, strict=True):
+        found.append(Outcome(part, question, differences, value, word(differences, value, made)))
+        # of the others, a test is made only if all before it were significant
+        made = made and (part == "Table 2" or value < comparison.ALPHA)
+    return found
+
+
+def word(differences: Sequence[float], p: float, made: bool = True) -> str:
+    """What a test says by the protocol."""
+    if made and p < comparison.ALPHA:
+        return "supported" if np.mean(differences) > 0 else "contradicted"
+    interval = comparison.interval(differences, method="t")
+    return "no effect" if interval.low > -MARGIN and interval.high < MARGIN else "undecided"
+
+
+def verdict(runs: Sequence[Run], part: str) -> str:
+    """What a part says of the claim as a whole, which is supported only if all that it says is."""
+    words = [outcome.word for outcome in outcomes(runs, part)]
+    if not words:
+        return "not run here"
+    if "contradicted" in words or "no effect" in words:
+        return "contradicted"
+    return "supported" if set(words) == {"supported"} else "undecided"
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """Every test that can be made."""
+    rows = []
+    for outcome in (outcome for part in TESTS for outcome in outcomes(runs, part)):
+        interval = comparison.interval(outcome.values, method="t")
+        difference = f"{np.mean(outcome.values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+        rows.append([
+            outcome.part, outcome.question, difference, str(len(outcome.values)), f"{outcome.p:.3f}", outcome.word,
+        ])  # fmt: skip
+    caption = (
+        f"Study C, MiniLM on STS-B: paired differences in points on {SPLIT} with 95 % t intervals; p of sign-flip "
+        f"tests (Table 2: Holm's). No effect: the interval lies within {MARGIN} points of 0."
+    )
+    return Table(caption, ["part", "test", "difference [interval]", "seeds", "p", "outcome"], rows)

@@ -1,0 +1,109 @@
+"""Study C's tests on made-up runs whose differences are known."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from increlora.analysis import study_c
+
+NOISE = (
+    0.0,
+    0.1,
+    -0.1,
+    0.05,
+    -0.05,
+    0.02,
+    0.03,
+    -0.05,
+)  # by seed, the same in both arms of a pair
+WIGGLE = (0.02, -0.02, 0.01, -0.01, 0.03, 0.0, -0.02, 0.01)  # by seed, in one arm
+
+
+def run(seed, score, method="increlora", budget="r2", pattern=None, fraction=None, **switches):
+    shown = score + NOISE[seed - 47] + (WIGGLE[seed - 47] if method != "lora" else 0)
+    chosen = {"orth_weight": 0.3, "advance_learning": True, "restart_warmup": True} | switches
+    if method in ("lora", "adalora"):
+        chosen = {}
+    task = {"holdout": 0.1} if fraction is None else {"holdout": 0.5, "train_fraction": fraction}
+    return {
+        "run": {"seed": seed, "budget": budget, "method": method, "overrides": ["experiment=study_c"]},
+        "config": {
+            "method": {"name": method, "pattern": pattern} | chosen,
+            "train": {"adamw": "torch", "eval_interval": 500},
+            "task": task,
+        },
+        "scores": {"last": {"metrics": {study_c.SPLIT: {"score": shown / 100}}}},
+    }
+
+
+def seeds(count, score, **what):
+    return [run(seed, score, **what) for seed in range(47, 47 + count)]
+
+
+def told(runs, part):
+    return {o.question: (round(float(np.mean(o.values)), 6), o.word) for o in study_c.outcomes(runs, part)}
+
+
+def test_figure_4_and_low_resource_by_hand():
+    gaps = {"r1": 0.1, "r2": 2.0, "r4": 1.0, "r8": 0.6, "r16": 0.4}
+    runs = [r for budget, gap in gaps.items()
+            for r in [*seeds(6, 80 + gap, budget=budget), *seeds(6, 80, method="lora", budget=budget)]]  # fmt: skip
+    wiggle = np.mean(WIGGLE[:6])
+    first, second = told(runs, "Figure 4").values()
+    assert first == (pytest.approx(1.0 + wiggle, abs=1e-6), "supported")
+    assert second == (pytest.approx(1.6, abs=1e-6), "supported")
+    for fraction, gap in ((0.04, 0.5), (0.2, 0.5), (1.0, 0.5)):
+        runs += [*seeds(6, 60 + gap, fraction=fraction), *seeds(6, 60, method="lora", fraction=fraction)]
+    low, small = told(runs, "low resource").values()
+    assert low == (pytest.approx(0, abs=1e-6), "no effect")  # the gap is the same
+    assert small[1] == "no effect" or small[1] == "undecided"  # not tested: the test before it was not significant
+    assert study_c.verdict(runs, "low resource") == "contradicted" and study_c.verdict(runs, "Figure 4") == "supported"
+    missing = [result for index, result in enumerate(runs) if index != 12]  # a seed of r2
+    assert told(missing, "Figure 4") == {} and study_c.verdict(missing, "Figure 4") == "not run here"
+
+
+def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
+    effects = {"orth_weight": 1.0, "advance_learning": -0.8, "restart_warmup": 0.0}
+    runs = []
+    for on in itertools.product((True, False), repeat=3):
+        switches = dict(zip(effects, on, strict=True))
+        score = 80 + sum(effect for effect, switched in zip(effects.values(), on, strict=True) if switched)
+        runs += seeds(8, score, **(switches | {"orth_weight": 0.3 if on[0] else 0.0}))
+    ninth = seeds(8, 50, restart_warmup=False)
+    for result in ninth:
+        result["config"]["train"]["adamw"] = "authors"
+    assert told(runs + ninth, "Table 2") == {
+        "orthogonality": (1.0, "supported"),
+        "advance learning": (-0.8, "contradicted"),
+        "restart warmup": (0.0, "no effect"),
+    }
+    assert study_c.outcomes(runs, "Table 2")[0].p == pytest.approx(3 * 2 / 2**8)  # Holm's, of three
+    assert study_c.verdict(runs, "Table 2") == "contradicted"
+    assert len(study_c.table(runs).rows) == 3
+
+
+def test_table_3_by_hand():
+    maps = {name: f"runs/minilm/r2/{name}/stsb/x/seed47" for name in ("increlora", "adalora")}
+    runs = [
+        *seeds(6, 82), *seeds(6, 79, method="adalora"),
+        *seeds(6, 81, method="static_pattern", pattern=maps["increlora"]),
+        *seeds(6, 80, method="shuffled_pattern", pattern=maps["increlora"]),
+        *seeds(6, 80.5, method="static_pattern", pattern=maps["adalora"]),
+        *seeds(6, 10, method="shuffled_pattern", pattern=maps["adalora"]),
+    ]  # fmt: skip
+    assert list(told(runs, "Table 3").values()) == [(1.0, "supported"), (1.0, "supported"), (0.5, "supported")]
+
+
+def test_the_runs_of_figure_5_are_in_no_test():
+    often = seeds(6, 99)
+    for result in often:
+        result["config"]["train"]["eval_interval"] = 20
+    assert study_c.Study(often).arm("increlora") == {}
+
+
+def test_words():
+    assert study_c.word([1, 1.1, 0.9, 1, 1, 1], 0.03) == "supported"
+    assert study_c.word([-1, -1.1, -0.9, -1, -1, -1], 0.03) == "contradicted"
+    assert study_c.word([0.1, 0.05, 0.1, 0.0, 0.1, 0.05], 0.03, made=False) == "no effect"
+    assert study_c.word([2, -1, 0, 1, 0.5, 0], 0.4) == "undecided"
