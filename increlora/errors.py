@@ -14,6 +14,12 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Busy(UserError):
+    """Another process does this at the moment; the exit code is that of a temporary failure (sysexits.h)."""
+
+    exit_code = 75
+
+
 class Interrupted(UserError):
     """The run was asked to stop by a signal; the exit code is that of a process the signal ended."""
 

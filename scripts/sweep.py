@@ -1,6 +1,6 @@
 """Run a sweep: one process per run; finished runs are not repeated, interrupted runs continue.
 
-    python scripts/sweep.py NAME [overrides] [--jobs N] [--known DIR] [--dry-run]
+    python scripts/sweep.py NAME [overrides] [--on local|slurm|FILE] [--jobs N] [--known DIR] [--dry-run]
 
 NAME is a file of configs/sweep, or a path to a YAML file, which says what runs there are:
 
@@ -19,6 +19,7 @@ the current directory; what a run prints is in its sweep.log.
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -27,8 +28,15 @@ from rich.console import Console
 
 from increlora.errors import UserError
 from increlora.glue import config
+from increlora.glue.sweep_engine import Cluster, Sweep, gpus
 from increlora.glue.sweep_plan import expand, parted, read_sweep
-from increlora.glue.sweep_queue import Sweep, gpus
+
+
+class Unheard(Console):
+    """A reader who leaves (`| head`) does not end the sweep."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @config.guarded
@@ -36,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a file of configs/sweep")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py")
+    parser.add_argument("--on", default="local", help="local, a file of configs/cluster (slurm), or one of your own")
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one per GPU, else one)")
     parser.add_argument("--known", type=Path, help="results/runs: what is finished there is not run again either")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and the time they take, start none")
@@ -47,16 +56,18 @@ def main() -> int:
     sweep = read_sweep(arguments.name)
     runs = expand(sweep, *parted(sweep, arguments.overrides))
     jobs = arguments.jobs or max(1, len(gpus()))
-    console = Console(soft_wrap=True)
-    queue = Sweep(runs, jobs, arguments.known and arguments.known.resolve(), console)
-    console.print(f"{arguments.name}: {sweep['about']}\n{len(runs)} runs, {jobs} at a time: {queue.counts()}")
+    console = Unheard(soft_wrap=True)
+    cluster = None if arguments.on == "local" else Cluster.read(arguments.on)
+    queue = Sweep(runs, jobs, arguments.known and arguments.known.resolve(), console, cluster)
+    console.print(f"{arguments.name}: {sweep['about']}")
+    console.print(f"{len(runs)} runs, {queue.side_by_side} at a time: {queue.counts()}")
     if arguments.dry_run:
         for run in runs:
             console.print(f"  {run.state:9s} {run.name}", highlight=False)
         return 0
     queue.work()
     console.print(queue.summary(), highlight=False)
-    if queue.stopping:
+    if any(run.state in ("stopped", "not begun") for run in runs):
         return 128 + signal.SIGINT
     return int(any(run.state == "failed" for run in runs))
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from increlora.errors import UserError, first_line
+from increlora.errors import Busy, UserError, first_line
 from increlora.files import parsed_json, writing
 from increlora.glue.digest import sha256
 from increlora.glue.identity import changed_since
@@ -143,7 +143,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is running in {folder}; wait for it or choose another run_dir") from None
+            raise Busy(f"another process is running in {folder}; wait for it or choose another run_dir") from None
         for left in folder.glob(".*tmp*"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
         yield

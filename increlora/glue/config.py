@@ -121,14 +121,19 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """What a run is: backbone, budget, method, task, seed, recipe and every other override that counts."""
-    keys = {"recipe=null" if o == "~recipe" else o: _key(o) for o in spelled(overrides)}  # no ~ in a folder's name
     return {
         **{group: cfg[group].name for group in GROUPS},
         "seed": cfg.seed,
         "recipe": cfg.hydra.recipe,
         "settings_from": cfg.settings_from,
-        "overrides": sorted(o for o, key in keys.items() if key not in KEYS and counts(key)),
+        "overrides": counted_overrides(overrides),
     }
+
+
+def counted_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides that make a run another one, beside the keys that name it."""
+    keys = {"recipe=null" if o == "~recipe" else o: _key(o) for o in spelled(overrides)}  # no ~ in a folder's name
+    return sorted(o for o, key in keys.items() if key not in KEYS and counts(key))
 
 
 def inputs(cfg: DictConfig) -> dict[str, str]:
@@ -165,6 +170,11 @@ def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
     """`run_dir`, or else the directory named by what the run is."""
     if cfg.run_dir:
         return Path(cfg.run_dir).expanduser()
+    return directory_of(run)
+
+
+def directory_of(run: Mapping[str, Any]) -> Path:
+    """The directory that what a run is gives it."""
     path = Path("runs", *(run[key] for key in ("backbone", "budget", "method", "task")))
     if run["overrides"]:
         path /= _folder_name(run["overrides"])

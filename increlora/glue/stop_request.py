@@ -7,7 +7,10 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, `signal` is the number of the SIGINT or SIGTERM that came, 0 before; a second is not caught."""
+    """While entered, `signal` is the number of the SIGINT or SIGTERM that came, 0 before; a second SIGINT is let go.
+
+    A cluster sends SIGTERM to every process of a job, so it may come from several sides.
+    """
 
     def __enter__(self) -> "StopRequest":
         self.signal = 0
@@ -19,7 +22,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, self.before.pop(signal.SIGINT))
 
     def _restore(self) -> None:
         for number, handler in self.before.items():

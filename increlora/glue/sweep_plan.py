@@ -18,8 +18,9 @@ A value may depend on other runs, which then run first:
 import functools
 import itertools
 import json
+import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ from increlora import result_files
 from increlora.errors import UserError
 from increlora.glue import config, identity, results
 
-SWEEPS = config.CONFIGS / "sweep"
+CONFIGS = config.CONFIGS
+SWEEPS = CONFIGS / "sweep"
+NUMBER = r"0|[1-9]\d*"
+ANY_SEED = 987654321  # stands for the seed in a configuration that serves all seeds
 REFUSED = {
     "overwrite": "a sweep does not run again what is finished; delete the directories of the runs that it shall repeat",
     "run_dir": "every run of a sweep has a directory of its own; start the sweep in the folder where they should be",
@@ -45,14 +49,13 @@ class Run:
 
     settings: dict[str, Any]
     sources: dict[str, list["Run"]] = field(default_factory=dict)
-    state: str = "waiting"  # running, finished, failed, stopped
+    state: str = "waiting"  # finished, failed, stopped, not begun
     overrides: list[str] = field(default_factory=list)  # once everything it needs is finished
     directory: Path = Path()
     result: Any = None  # the content of its result file, once it is finished
+    error: str = ""  # why it cannot begin
     tries: int = 0
-    process: Any = None  # a Popen while it runs
-    gpu: str | None = None
-    began: float = 0.0
+    future: Any = None  # of Parsl, once it is submitted
 
     @property
     def name(self) -> str:
@@ -231,11 +234,85 @@ def trial_seeds(value: Mapping[str, Any]) -> list[int]:
 
 
 def resolve(run: Run) -> None:
-    """Work out overrides and directory of a run whose needs are finished."""
+    """Work out overrides and directory of a run whose needs are finished.
+
+    Raises:
+        UserError: Hydra cannot compose it, or another run with these keys and this method.
+    """
     values = {name: final(run, name) if name in run.sources else value for name, value in run.settings.items()}
     run.overrides = [f"{key}={quoted(value)}" for key, value in values.items()]
-    cfg = config.load(run.overrides)
-    run.directory = config.run_directory(cfg, config.identity(cfg, run.overrides))
+    check_keys(values, run.overrides)
+    run.directory = directory(run.overrides)
+
+
+# Composing takes a tenth of a second, and a sweep may have ten thousand runs. So a composition serves all runs that it
+# holds for: what a run is called depends on few overrides, and the seed is only copied to where it is used.
+
+
+CHECKED: set[tuple] = set()
+
+
+def check_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Compose one run of every method and set of keys, so that a wrong key is told before anything runs."""
+    told = (*(str(values.get(key)) for key in ("method", "experiment", "compat", "recipe")), frozenset(values))
+    if told not in CHECKED:
+        config.load(overrides)
+        CHECKED.add(told)
+
+
+@functools.cache
+def _names(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The names by which a run is known, where no override gives them."""
+    cfg = config.load(overrides)
+    return {**{group: cfg[group].name for group in config.GROUPS}, "seed": cfg.seed}
+
+
+def directory(overrides: Sequence[str]) -> Path:
+    """Where a run with these overrides lies, as `config.run_directory` says."""
+    given = dict(override.split("=", 1) for override in config.spelled(overrides) if "=" in override)
+    by_name = {
+        group: given[group] for group in config.GROUPS if (CONFIGS / group / f"{given.get(group)}.yaml").exists()
+    }
+    others = tuple(f"{key}={given[key]}" for key in ("experiment", "compat") if key in given)
+    seed = given.get("seed", "")
+    if "run_dir" in given or set(config.GROUPS) & set(given) - set(by_name) or not re.fullmatch(NUMBER, seed or "0"):
+        cfg = config.load(overrides)
+        return config.run_directory(cfg, config.identity(cfg, overrides))
+    names = {**_names(others), **by_name} | ({"seed": int(seed)} if seed else {})
+    return config.directory_of({**names, "overrides": config.counted_overrides(overrides)})
+
+
+@functools.cache
+def _resolved(overrides: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
+    """The plain configuration of runs that differ in the seed alone, and the composed one."""
+    cfg = config.load([*overrides, f"seed={ANY_SEED}"])
+    return json.loads(json.dumps(config.resolved(cfg))), cfg
+
+
+@functools.cache
+def _inputs(overrides: tuple[str, ...]) -> dict[str, str]:
+    return config.inputs(_resolved(overrides)[1])
+
+
+def with_seed(node: Any, seed: int) -> Any:
+    """A configuration with the seed in the place of `ANY_SEED`."""
+    if isinstance(node, dict):
+        return {key: with_seed(value, seed) for key, value in node.items()}
+    if isinstance(node, list):
+        return [with_seed(value, seed) for value in node]
+    if isinstance(node, str):
+        return node.replace(str(ANY_SEED), str(seed))
+    return seed if node == ANY_SEED and isinstance(node, int) else node
+
+
+def resolved(overrides: Sequence[str]) -> tuple[dict[str, Any], Callable[[], dict[str, str]]]:
+    """The plain configuration of a run, as `config.resolved` gives it, and what gives the digests of what it reads."""
+    seeds = [override.partition("=")[2] for override in overrides if override.startswith("seed=")]
+    if len(seeds) != 1 or not re.fullmatch(NUMBER, seeds[0]):
+        cfg = config.load(overrides)
+        return json.loads(json.dumps(config.resolved(cfg))), lambda: config.inputs(cfg)
+    others = tuple(override for override in overrides if not override.startswith("seed="))
+    return with_seed(_resolved(others)[0], int(seeds[0])), lambda: _inputs(others)
 
 
 def final(run: Run, name: str) -> Any:
@@ -258,18 +335,21 @@ def quoted(value: Any) -> str:
 
 
 def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
-    """The result of a run that finished before, in its own directory or among the known ones."""
+    """The result of a run that finished before, in its own directory or among the known ones.
+
+    Raises:
+        UserError: in its directory lies something else, or the result of another run.
+    """
     if known is None and not (run.directory / result_files.FILE_NAME).exists():
-        return None  # without composing it again
-    cfg = config.load(run.overrides)
-    resolved = config.resolved(cfg)
-    result = results.stored(run.directory, resolved, lambda: config.inputs(cfg))
+        return None
+    configuration, inputs = resolved(run.overrides)
+    result = results.stored(run.directory, configuration, inputs)
     if result is not None or known is None:
         return result
-    asked = config.identity(cfg, run.overrides)
-    for found in known_results(known).get(tuple(asked[key] for key in identity.KEYS), []):
-        same = not identity.differences(found["config"], json.loads(json.dumps(resolved)))
-        if same and not results.changed_inputs(found, config.inputs(cfg)):
+    names = {key: configuration[key]["name"] for key in config.GROUPS} | {"seed": configuration["seed"]}
+    for found in known_results(known).get(tuple(names[key] for key in identity.KEYS), []):
+        same = not identity.differences(found["config"], configuration)
+        if same and not results.changed_inputs(found, inputs()):
             return found
     return None
 

@@ -18,7 +18,7 @@ from warm_python import python
 
 from increlora.errors import UserError
 from increlora.glue import config, sweep_plan
-from increlora.glue.sweep_queue import Sweep
+from increlora.glue.sweep_engine import Sweep, estimate
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 sweep = load(SCRIPT)
@@ -139,10 +139,10 @@ def test_values_as_hydra_reads_them():
 def test_the_time_left_is_that_of_finished_runs_like_it():
     runs = [sweep_plan.Run({"task": task, "method": "lora"}) for task in ("rte", "rte", "cola")]
     queue = Sweep.__new__(Sweep)
-    queue.runs, queue.jobs = runs, 2
-    assert queue.estimate(runs[1]) is None
+    queue.runs, queue.jobs, queue.cluster = runs, 2, None
+    assert estimate(runs[1], queue.typical()) is None
     runs[0].state, runs[0].result = "finished", result(0.5)
-    assert queue.estimate(runs[1]) == 10.0 and queue.estimate(runs[2]) == 10.0
+    assert estimate(runs[1], queue.typical()) == estimate(runs[2], queue.typical()) == 10.0
     assert queue.counts() == "1/3 (10 s left)"
 
 
@@ -158,6 +158,34 @@ def test_every_run_of_every_sweep_composes():
                     seen.add(kind)
                     sweep_plan.resolve(run)
             assert seen
+
+
+def test_directories_and_configurations_are_those_of_hydra():
+    """The plan composes few runs and works out the others."""
+    tricky = [
+        ["seed=3", "settings_from='a = ${seed}'"], ["recipe=null", "seed=4"], ["seed=5", "~recipe"],
+        ["task=rte", "method=lora", "recipe=increlora/r8/rte", "method.alpha=3"][:2], ["experiment=study_a", "seed=47"],
+        ["experiment=minilm_5_epochs", "task=mrpc", "method=adalora"], ["compat=authors", "seed=41", "compat=null"],
+        ["seed=1", "+method.kinds.more=x"], ["task.holdout=0.1", "device=cpu", "seed=9"], ["budget=r8", "seed=000"],
+    ]  # fmt: skip
+    sampled = []
+    for name in ("study_a", "study_b", "study_c", "table1", "table2_ablation", "low_resource", "controls"):
+        runs = [run for run in sweep_plan.expand(sweep_plan.read_sweep(name), {}, {}) if not run.needs]
+        for run in runs[:: max(1, len(runs) // 3)]:
+            sampled.append([f"{key}={sweep_plan.quoted(value)}" for key, value in run.settings.items()])
+    for overrides in [*tricky, *sampled]:
+        with naming(overrides):
+            cfg = config.load(overrides)
+            identity = config.identity(cfg, overrides)
+            assert sweep_plan.directory(overrides) == config.run_directory(cfg, identity)
+            plain = json.loads(json.dumps(config.resolved(cfg)))
+            assert sweep_plan.resolved(overrides)[0] == plain
+
+
+def test_a_wrong_key_is_told_by_the_plan():
+    run = sweep_plan.expand({"about": "", "runs": [{"method": "lora", "method.nosuch": 1}]}, {}, {})[0]
+    with pytest.raises(UserError, match=r"Could not override 'method.nosuch'"):
+        sweep_plan.resolve(run)
 
 
 def test_bad_sweeps(tmp_path):
