@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, modules_with_three_dimensions
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import BASE, IncreLoraLayer, Linear
+from increlora.integrations.peft_export import IN_FILE
 from increlora.surgery import READ_WEIGHTS
 
 PREFIX = "increlora_"
 BANK = "increlora_bank"  # of all adapters, a module of the tuner
-IN_FILE = "base_model.model."  # begins the names of a PEFT file
 LIVE: "weakref.WeakSet[IncreLoraModel]" = weakref.WeakSet()
 OWN = re.compile(rf"(?:{re.escape(IN_FILE)})?((?:.*\.)?(?:{'|'.join((*FACTORS, STATE))}))")
 
