@@ -1,16 +1,12 @@
 """IncreLoRA as a PEFT method: the benchmark's numbers through PEFT's door, and what PEFT's users expect."""
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from naming import naming
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -386,13 +382,3 @@ def test_what_cannot_be_right_is_refused(tmp_path):
     ):
         with naming(match), pytest.raises((UserError, ValueError), match=match):
             refused()
-
-
-def test_the_example_with_gpt2_grows_saves_and_merges(tmp_path):
-    script = ROOT / "examples" / "peft_with_gpt2.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 100: total rank 32" in done.stdout and (tmp_path / "adapter" / "adapter_config.json").exists()
-    assert (tmp_path / "merged" / "model.safetensors").exists() and len(script.read_text().splitlines()) < 40
