@@ -81,7 +81,8 @@ class Training:
         self.adapter = adapter = _trained(self.tuner)
         self._refuse_sharding(model, optimizer)
         if isinstance(optimizer, AcceleratedOptimizer):
-            optimizer, scaler = optimizer.optimizer, scaler or optimizer.scaler
+            prepared: Any = optimizer
+            optimizer, scaler = prepared.optimizer, scaler or prepared.scaler
         self.optimizer, self.warmup_steps, self.linear = optimizer, warmup_steps, linear
         self.micro_batches, self.scaler = micro_batches, scaler
         self._plan(total_step)
