@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from test_peft import STEPS, counting, llama
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 from increlora.integrations.peft import export_lora
 
@@ -55,7 +57,10 @@ def test_the_sft_trainer_grows_and_resumes_to_the_same_bits(tmp_path):
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for number in (50, 75):  # stopped at step 25, within growth
         shutil.rmtree(tmp_path / f"checkpoint-{number}")
-    export_lora(tmp_path / "checkpoint-25", tmp_path / "lora", pad_to=16)
+    export_lora(tmp_path / "checkpoint-25", tmp_path / "growing", pad_to=16)
+    export_lora(tmp_path / "adapter", tmp_path / "lora")  # of the same ranks
+    ours, lora = ((tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("adapter", "lora"))
+    assert 0.9 * lora <= ours <= 1.1 * lora
     shutil.rmtree(tmp_path / "adapter")
     run("sft_trainer", tmp_path)
     again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -77,3 +82,23 @@ def test_two_processes_grow_and_learn_as_one_does(tmp_path):
     assert one.keys() == two.keys()
     for key, value in one.items():  # of the same shapes, so all ranks are the same
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
+
+
+def test_the_page_for_users_of_peft_says_what_runs(tmp_path):
+    first, loop, _, serve = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "peft.md").read_text(), flags=re.S)
+    assert len(first.splitlines()) == 6
+    rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in counting(step)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=STEPS, report_to="none", save_steps=STEPS, disable_tqdm=True, use_cpu=True
+    )
+    said = {"model": llama(), "args": args, "data": rows, "Trainer": Trainer, "torch": torch, "STEPS": STEPS}
+    exec(first, said)
+    assert sum(said["trainer"].model.base_model.adapters["default"].ranks().values()) == 8 * 14
+    exec(loop, said | {"model": llama()})
+    for word, here in (("out/checkpoint-500", f"checkpoint-{STEPS}"), ("out/lora", "lora")):
+        serve = serve.replace(word, str(tmp_path / here))
+    exec(serve.replace("pad_to=16", "pad_to=32"), said)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        expected = said["trainer"].model.eval()(input_ids=counting(9)).logits
+        torch.testing.assert_close(loaded(input_ids=counting(9)).logits, expected, rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ WORDS = {
     "target_rank": "target_r", "init_rank": "init_r", "interval": "deltaT", "init_warmup": "tinit",
     "alpha": "lora_alpha", "dropout": "lora_dropout", "orth_weight": "orth_reg_weight", "total_steps": "total_step",
 }  # fmt: skip
-GROWTHS = 20  # in the first half of training, where `deltaT` is not given
+GROWTHS = 20  # times `deltaT` is the first half of training, where it is not given
 
 
 def _add_peft_type() -> None:
@@ -39,7 +39,7 @@ class IncreLoraConfig(PeftConfig):
         target_r: average rank at the end; the budget is target_r * number of matrices.
         init_r: rank of every matrix at the start.
         total_step: optimizer steps of the whole run; None: the callback asks the Trainer.
-        deltaT: optimizer steps between growths; None: such that there are 20 in the first half of training.
+        deltaT: optimizer steps between growths; None: a 40th of the run, so that there are up to 19 in its first half.
         tinit: no growth up to this step; None: deltaT.
         top_h: matrices per growth; None: the fewest with which growth ends in the first half of training.
         rank_step: ranks that a chosen matrix gains in a growth; None: half of target_r.
