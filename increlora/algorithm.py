@@ -42,6 +42,8 @@ class IncreLoRA(Method):
         init_rank: rank of every matrix at the start.
         rank_step: ranks that a chosen matrix gains in a growth; None: half of target_rank (1, 2, 3, 4 for 2, 4, 6, 8).
         top_h: matrices per growth; None: the fewest with which growth ends in the first half of training.
+        max_rank: no matrix grows above it; None: no limit. A matrix grows by whole steps, so it ends at
+            init_rank + k * rank_step or below.
         interval, init_warmup: growth at steps t > init_warmup with t % interval == 0.
         beta1, beta2: decay of the averages of sensitivity and uncertainty.
         advance_learning: components learn in reserve before they are chosen.
@@ -80,6 +82,7 @@ class IncreLoRA(Method):
     last_use_only: bool = False
     rank_epsilon: float = 0.0
     new_groups_at_peak: bool = False
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +92,10 @@ class IncreLoRA(Method):
         for name in ("orth_weight", "reserve_lambda"):
             if getattr(self, name) < 0:
                 raise UserError(f"`{name}` must not be negative, it is {getattr(self, name)}")
+        if self.max_rank is not None and self.max_rank < self.target_rank:
+            raise UserError(
+                f"`max_rank` {self.max_rank} is below the average rank at the end, target_rank {self.target_rank}"
+            )
         if self.score_reduction not in ("sqrt", "mean"):
             raise UserError(f"`score_reduction` must be sqrt or mean, it is '{self.score_reduction}'")
         if self.scoring_window not in ("auto", "all") and not (type(self.scoring_window) is int and self.window > 0):
@@ -208,7 +215,14 @@ class IncreLoRA(Method):
         rank_step = max(1, self.target_rank // 2) if self.rank_step is None else self.rank_step
         top_h = 1 if self.top_h is None else self.top_h
         allocator = Allocator(
-            matrices, self.init_rank, self.target_rank, rank_step, top_h, self.interval, self.init_warmup
+            matrices,
+            self.init_rank,
+            self.target_rank,
+            rank_step,
+            top_h,
+            self.interval,
+            self.init_warmup,
+            self.max_rank,
         )
         if self.top_h is None:
             allocator = replace(allocator, top_h=allocator.smallest_top_h(total_steps))
@@ -323,7 +337,7 @@ class IncreLoRA(Method):
 
     def _grow(self, step: int) -> None:
         scores = self.deciding_scores(step)
-        gains = self.allocator.choose(list(self.linears), scores, self.total_rank)
+        gains = self.allocator.choose(self.ranks(), scores)
         group = FIRST_RESERVES + 1 + len(self.allocations)
         for name, rank in gains.items():
             self._activate(name, rank, group)
@@ -345,7 +359,7 @@ class IncreLoRA(Method):
         said = (
             f"{len(silent)} of {len(scores)} matrices have score 0, e.g. {silent[0]}: no gradient reached their update"
         )
-        if set(silent) & set(self.allocator.choose(list(self.linears), scores, self.total_rank)):
+        if set(silent) & set(self.allocator.choose(self.ranks(), scores)):
             raise UserError(
                 f"the growth at step {step} would be decided by nothing: {said}. Reasons: activation checkpointing "
                 "(use_reentrant=False), a part that the loss does not use (leave it out of `kinds`), gradients that "

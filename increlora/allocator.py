@@ -4,7 +4,7 @@ The paper's allocation (arXiv 2308.12043): every `interval` steps after `init_wa
 the highest score grow by `rank_step`, until the ranks sum to the budget, target_rank * matrices.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from increlora.errors import UserError
@@ -20,6 +20,7 @@ class Allocator:
         rank_step: ranks that a chosen matrix gains.
         top_h: matrices chosen per growth.
         interval, init_warmup: growth at steps t > init_warmup with t % interval == 0.
+        max_rank: no matrix grows above it; a matrix grows by whole rank_steps, so it may end below. None: no limit.
 
     Raises:
         UserError: a value is out of range.
@@ -32,6 +33,7 @@ class Allocator:
     top_h: int
     interval: int
     init_warmup: int
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("matrices", "init_rank", "target_rank", "rank_step", "top_h", "interval"):
@@ -66,23 +68,46 @@ class Allocator:
         """The first step, `step` or later, at which ranks are added if the budget allows."""
         return max(-(-step // self.interval), self.init_warmup // self.interval + 1) * self.interval
 
-    def choose(self, candidates: Sequence[str], scores: Mapping[str, float], total_rank: int) -> dict[str, int]:
+    def choose(self, ranks: Mapping[str, int], scores: Mapping[str, float]) -> dict[str, int]:
         """The matrices that grow now and what each gains, in model order; never more than the budget has room for.
 
         Where the room is no multiple of `rank_step`, the chosen matrix with the lowest score gains what is left.
+        Below `max_rank` a matrix has room for so many growths. If others with higher scores took all choices, too
+        little room might be left for the rest of the budget; then the best of those that would lose room come first.
 
         Args:
-            candidates: all matrices, in model order; a tie goes to the earlier one.
+            ranks: of all matrices, in model order; a tie goes to the earlier one.
         """
-        room = self.budget - total_rank
-        best = sorted(candidates, key=lambda name: -scores[name])[: self.top_h]
+        room = self.budget - sum(ranks.values())
+        later = -(-room // self.each)  # growths that are left, this one included
+        several = -(-min(room, self.each) // self.rank_step)
+        fits = {name: min(self._fits(rank), later) for name, rank in ranks.items()}
+        ordered = sorted((name for name in ranks if fits[name]), key=lambda name: -scores[name])
+        losing = [name for name in ordered if fits[name] == later]  # they lose a growth if they are passed over
+        spare = sum(fits.values()) - later * self._chosen
+        first = losing[: max(0, min(len(losing) - spare, several))]
+        others = [name for name in ordered if name not in first]
+        best = sorted(first + others[: several - len(first)], key=ordered.index)
         gains = {name: min(self.rank_step, room - i * self.rank_step) for i, name in enumerate(best)}
-        return {name: gains[name] for name in candidates if gains.get(name, 0) > 0}
+        return {name: gains[name] for name in ranks if name in gains}
+
+    @property
+    def _chosen(self) -> int:
+        """Matrices that grow at once."""
+        return min(self.top_h, self.matrices)
+
+    @property
+    def each(self) -> int:
+        """Ranks that a growth adds, but for the last one."""
+        return self.rank_step * self._chosen
+
+    def _fits(self, rank: int) -> int:
+        """How many growths a matrix of this rank has room for."""
+        return self.needed if self.max_rank is None else max(0, self.max_rank - rank) // self.rank_step
 
     def growths(self) -> list[int]:
         """The ranks that each growth adds, in order."""
-        each = self.rank_step * min(self.top_h, self.matrices)
-        return [min(each, self.needed - done) for done in range(0, self.needed, each)]
+        return [min(self.each, self.needed - done) for done in range(0, self.needed, self.each)]
 
     def growth_steps(self) -> list[int]:
         """The steps at which ranks are added."""
@@ -90,7 +115,7 @@ class Allocator:
         return [first + i * self.interval for i in range(len(self.growths()))]
 
     def check(self, total_steps: int) -> None:
-        """Refuse a schedule whose last growth would get no training step.
+        """Refuse a schedule whose last growth would get no training step, or that has no room below `max_rank`.
 
         Steps count from 0. A growth comes within a step, and what it adds trains from the next one on.
 
@@ -104,6 +129,14 @@ class Allocator:
                 f"{latest} is the last after which new ranks still train, in {total_steps} training steps (interval "
                 f"{self.interval}, init_warmup {self.init_warmup}, top_h {self.top_h}, rank_step {self.rank_step}, "
                 f"budget {self.budget}). Lower `interval` or raise `top_h`, `rank_step` or the number of steps."
+            )
+        times = len(steps) * self._chosen  # that a matrix is chosen, in all growths
+        if self.max_rank is not None and self.matrices * min(self._fits(self.init_rank), len(steps)) < times:
+            enough = self.init_rank + self.rank_step * -(-times // self.matrices)
+            raise UserError(
+                f"below max_rank {self.max_rank} there is no room for the budget {self.budget}: {len(steps)} growths "
+                f"of {self._chosen} matrices by {self.rank_step} ranks, {self.matrices} matrices that start at rank "
+                f"{self.init_rank}. Give `max_rank` {enough} or more, or lower `rank_step`."
             )
 
     def smallest_top_h(self, total_steps: int) -> int:

@@ -11,6 +11,9 @@ step costs the same), nothing is downloaded. Each round times one step per metho
 on the machine affects all alike; a ratio is the median over rounds of (arm / LoRA) within a round. Peak memory is
 measured in a process of its own per arm; that of whole runs by scripts/benchmark_memory.py.
 
+`peft` (in fp32) is IncreLoRA through PEFT's door, `get_peft_model` and `attach`, beside the benchmark's method, both in
+the same loop written out by hand.
+
 `--launch` keeps the encoder's layers and makes them so narrow (hidden size 48) and the batch so small (1 x 4 tokens)
 that a step takes its time to launch operations, as on a GPU with short sentences; on a CPU it takes CPU time. It also
 counts the operations of a step that touch data, and the tensors in the optimizer: neither depends on the hidden size.
@@ -58,10 +61,11 @@ from increlora.method import Method
 from increlora.order import AFTER
 from increlora.surgery import hold_frozen_layers_in
 
-METHODS = ("lora", "adalora", "houlsby", "pfeiffer", "bitfit", "full", "increlora", "authors")
+METHODS = ("lora", "adalora", "houlsby", "pfeiffer", "bitfit", "full", "increlora", "authors", "peft")
 CAST = "lora, weights cast"
 STEPS = 100_000  # of a run, in which these are
 INTERVAL, FIRST_GROWTH = 1000, 2000
+PHASES = ("scoring", "not scoring", "after growth")
 IDLE, SCORING, DUE = 60_010, 60_990, 61_000  # no score is taken, one is, matrices grow
 GROWTH = dict(interval=INTERVAL, init_warmup=INTERVAL, rank_step=1, scoring_window=57)
 ALL = 10**6  # matrices per growth: rank 8 by single ranks has as many components as it can ever have
@@ -238,8 +242,8 @@ def in_rounds(calls: Mapping[str, Callable[[], float]], repeats: int, warm_up: i
 
 
 def bare_loop(arm: Arm) -> float:
-    """Seconds of the same step written out by hand: what any loop must do."""
-    run = arm.run
+    """Seconds of the same step written out by hand: what any loop must do, and what the method asks of it."""
+    run, method = arm.run, arm.run.method
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     batch = {
         "input_ids": torch.tensor(run.data.train.input_ids, device=run.device),
@@ -248,18 +252,64 @@ def bare_loop(arm: Arm) -> float:
     labels = torch.tensor(run.data.train.labels, device=run.device)
 
     def step() -> None:
+        method.begin_step(arm.step)
         dtype = AUTOCAST[run.settings.precision]
         with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
             logits = run.model(**batch).logits
-        loss = nn.functional.cross_entropy(logits.float(), labels)
-        loss.backward()
+        loss, penalty = nn.functional.cross_entropy(logits.float(), labels), method.extra_loss()
+        (loss + penalty if isinstance(penalty, torch.Tensor) else loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
+        method.before_step(arm.step)
         run.optimizer.step()
+        method.after_step(arm.step)
         run.optimizer.zero_grad()
         loss.item()
 
+    stand_before(arm.step, method)
     run.model.train()
     return timed(step, run.device)
+
+
+def through_peft(arm: Arm, options: argparse.Namespace) -> Callable[[], float]:
+    """A call that takes the step of an arm of IncreLoRA by PEFT's tuner, on a model of its own, in a plain loop."""
+    from peft import get_peft_model
+
+    from increlora.integrations.peft import IncreLoraConfig, attach
+
+    run, method = arm.run, arm.run.method
+    config = IncreLoraConfig(
+        target_r=method.target_rank, rank_step=method.rank_step, top_h=method.top_h, deltaT=method.interval,
+        tinit=method.init_warmup, total_step=STEPS, target_modules=list(method.ranks()), seed=0,
+    )  # fmt: skip
+    model = get_peft_model(copy.deepcopy(_model(options.backbone, False)), config).to(run.device)
+    for name, parameter in model.named_parameters():
+        if re.fullmatch(method.head, name):
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    training = attach(model, optimizer)
+    grow_to(sum(method.ranks().values()) // len(method.ranks()), training.method)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batch = {
+        "input_ids": torch.tensor(run.data.train.input_ids, device=run.device),
+        "attention_mask": torch.ones(len(arm.indices), len(run.data.train.input_ids[0]), device=run.device).long(),
+    }
+    labels = torch.tensor(run.data.train.labels, device=run.device)
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(model(**batch).logits.float(), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    def take() -> float:
+        training.adapter.step = arm.step
+        stand_before(arm.step, training.method)
+        model.train()
+        return timed(step, run.device)
+
+    return take
 
 
 def grow(arm: Arm) -> float:
@@ -285,6 +335,11 @@ def measure(options: argparse.Namespace, batch: int, length: int) -> dict[str, A
         evaluated |= {"evaluation increlora": after.run.model, "evaluation increlora, merged": merged(after)}
     calls = {name: arm.take for name, arm in arms.items()}
     calls["bare lora"] = functools.partial(bare_loop, arms["lora"])
+    if {"peft", "increlora"} <= set(options.methods) and options.precision == "fp32":
+        for phase in PHASES:
+            arm = arms[f"increlora, {phase}"]
+            calls[f"bare increlora, {phase}"] = functools.partial(bare_loop, arm)
+            calls[f"peft, {phase}"] = through_peft(arm, options)
     for name, model in evaluated.items():
         call = functools.partial(predict, model, run.data.train, TASK, run.settings)
         calls[name] = functools.partial(timed, call, run.device)
@@ -301,12 +356,14 @@ def ratio(seconds: Mapping[str, list[float]], a: str, b: str) -> float:
 
 def ratios(seconds: Mapping[str, list[float]], growth: list[float]) -> dict[str, float]:
     """Every ratio that has a bar, and those of the other arms; a recipe's cost follows from its steps'."""
-    found = {name: ratio(seconds, name, "lora") for name in seconds if name not in ("lora", "bare lora")}
+    found = {name: ratio(seconds, name, "lora") for name in seconds if name != "lora" and not name.startswith("bare")}
     if CAST in seconds:
         found |= {f"{name} / {CAST}": ratio(seconds, name, CAST) for name in seconds if name.startswith("increlora")}
+    for phase in (phase for phase in PHASES if f"peft, {phase}" in seconds):
+        found[f"peft, {phase} / increlora"] = ratio(seconds, f"peft, {phase}", f"bare increlora, {phase}")
     found["our loop / bare loop"] = ratio(seconds, "lora", "bare lora")
     if growth:
-        phases = [found[f"increlora, {phase}"] for phase in ("scoring", "not scoring", "after growth")]
+        phases = [found[f"increlora, {phase}"] for phase in PHASES]
         found |= {f"recipe {name}": over_recipe(name, *phases) for name in RECIPES}
         if CAST in seconds:
             found |= {f"recipe {name} / {CAST}": found[f"recipe {name}"] / found[CAST] for name in RECIPES}

@@ -1,6 +1,6 @@
 """Write a finished run as a PEFT LoRA adapter or as a merged model, for use without this repository.
 
-    python scripts/export.py RUN_DIR --format peft|merged [--output DIR] [backbone.path=DIR]
+    python scripts/export.py RUN_DIR --format peft|merged [--output DIR] [--pad-to RANK] [backbone.path=DIR]
 
 What was written is read back with PEFT and transformers, as its users do, and compared with the trained model (fp32).
 If the logits differ by 1e-5 or more, nothing is kept; for logits above 1, by 1e-5 of the largest, since fp32 sums of
@@ -28,6 +28,8 @@ ODD_CHARACTERS = "½ µ ﬁ Ｆｕｌｌ \u00a0 naïve 😀"  # what a newly bui
 @config.guarded
 def main() -> None:
     arguments = parser().parse_intermixed_args()
+    if arguments.pad_to is not None and arguments.format != "peft":
+        raise UserError("--pad-to is of adapters: give it with --format peft")
     output = arguments.output or arguments.run_dir / arguments.format
     if output.exists():
         raise UserError(f"{output} exists already; remove it, or choose another folder with --output DIR")
@@ -36,7 +38,9 @@ def main() -> None:
         arguments.run_dir, arguments.checkpoint, [*arguments.overrides, "device=cpu", "precision=fp32"]
     )
     with whole(output) as folder:
-        difference, largest = write_and_compare(run, folder, arguments.format, arguments.base, arguments.tokenizer)
+        difference, largest = write_and_compare(
+            run, folder, arguments.format, arguments.base, arguments.tokenizer, arguments.pad_to
+        )
     print(f"{output}: read back, its logits differ by at most {difference:.1e} (largest logit {largest:.2f})")
 
 
@@ -49,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--base", metavar="NAME", help="name of the base model to write into the adapter")
     made.add_argument(
         "--without-tokenizer", dest="tokenizer", action="store_false", help="of an adapter: the base model has it"
+    )
+    made.add_argument(
+        "--pad-to", type=int, metavar="RANK", help="rank of every matrix in the adapter, filled up with zeros"
     )
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="backbone.path=DIR, method.pattern=RUN_DIR")
     return made
@@ -66,7 +73,7 @@ def quiet() -> None:
 
 
 def write_and_compare(
-    run: Trained, folder: Path, kind: str, base: str | None = None, tokenizer: bool = True
+    run: Trained, folder: Path, kind: str, base: str | None = None, tokenizer: bool = True, pad_to: int | None = None
 ) -> tuple[float, float]:
     """Write to an empty folder and read it back: the largest difference between logits, and the largest logit.
 
@@ -76,7 +83,7 @@ def write_and_compare(
     texts = probes(run)
     expected = run.logits(texts)
     if kind == "peft":
-        export.write_adapter(run, folder, base, tokenizer)
+        export.write_adapter(run, folder, base, tokenizer, pad_to)
         model = adapter_model(run, folder)
     else:
         export.write_merged(run, folder)

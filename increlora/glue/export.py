@@ -9,18 +9,22 @@ from increlora.glue.model_card import model_card
 from increlora.integrations import peft_export
 
 
-def write_adapter(trained: Trained, folder: Path, base: str | None = None, tokenizer: bool = True) -> None:
+def write_adapter(
+    trained: Trained, folder: Path, base: str | None = None, tokenizer: bool = True, pad_to: int | None = None
+) -> None:
     """Write a run's adapter to an empty folder: what `save_peft_adapter` writes, the tokenizer and `README.md`.
 
     Args:
         tokenizer: False leaves it out; it is then taken from the base model.
         base: the base model's name to write down; None is `backbone.path` if given, else the hub's name.
+        pad_to: the rank of every matrix in the adapter, filled up with zeros; None: its own.
 
     Raises:
         UserError: the update is no product of low-rank factors, or there is no base model to load under it.
     """
     base = base or base_model(trained)
-    config, tensors = peft_export.adapter(trained.method, trained.model, base, "SEQ_CLS", trained.backbone.revision)
+    revision = trained.backbone.revision
+    config, tensors = peft_export.adapter(trained.method, trained.model, base, "SEQ_CLS", revision, pad_to)
     if base_model(trained) is None:
         raise UserError(
             f"backbone {trained.backbone.name} was drawn at random, so there is no base model to load an adapter on; "

@@ -27,6 +27,7 @@ from increlora.errors import UserError
 from increlora.files import writing
 from increlora.method import Method
 
+IN_FILE = "base_model.model."  # begins the names of a PEFT file
 # what PEFT adds to `modules_to_save` by itself, by task type
 IMPLIED_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -43,6 +44,7 @@ def save_peft_adapter(
     base_model: str | None = None,
     task_type: str | None = None,
     revision: str | None = None,
+    pad_to: int | None = None,
 ) -> None:
     """Write what was trained as a plain PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -56,28 +58,32 @@ def save_peft_adapter(
         base_model: the base model's name to write down; None: the name that `model` was loaded by, if any.
         task_type: PEFT's word for the class to load with, e.g. `CAUSAL_LM` or `SEQ_CLS`; None: `PeftModel`.
         revision: of the base model on the hub.
+        pad_to: the rank of every matrix in the adapter, filled up with zeros; None: its own. With one rank for all, the
+            adapter has no `rank_pattern`, which some servers and PEFT's hotswap do not know.
 
     Where the base model can be loaded from this machine, it is loaded once more, and everything that the adapter does
     not hold is compared with it.
 
     Raises:
-        UserError: the update is no product of low-rank factors, the folder is not empty or cannot be written, the
-            model is another one or a wrapper, its head is such that PEFT would not load it, or the base model with
-            the adapter would not be the trained model: something else trained, changed since `prepare`, or is new.
+        UserError: the update is no product of low-rank factors, or of a higher rank than `pad_to`; the folder is not
+            empty or cannot be written; the model is another one or a wrapper; its head is such that PEFT would not load
+            it; or the base model with the adapter would not be the trained model: something else trained, changed since
+            `prepare`, or is new.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already; remove it, or choose another folder")
     base = base_model or getattr(model, "name_or_path", None) or None
-    config, tensors = adapter(method, model, base, task_type, revision)
+    config, tensors = adapter(method, model, base, task_type, revision, pad_to)
     _compare_with_base(method, model, config, tensors, [base_model, getattr(model, "name_or_path", None)], revision)
     with whole(folder) as made:
         save_tensors(config, tensors, made)
 
 
 def adapter(
-    method: Method, model: nn.Module, base: str | None, task_type: str | None, revision: str | None
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+    method: Method, model: nn.Module, base: str | None, task_type: str | None, revision: str | None,
+    pad_to: int | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:  # fmt: skip
     """PEFT's description of the adapter, with ranks by matrix, and its tensors by the names that PEFT loads.
 
     Raises:
@@ -100,26 +106,54 @@ def adapter(
     kept = [name for name in modules if name.endswith(ends)]  # what PEFT will load in full, by the ends of names
     _check_head(method, model, kept, factors)
     _check_rest(method, model, kept, factors)
-    tensors = {f"{name}.lora_A.weight": A for name, (A, _) in factors.items()}
-    tensors |= {f"{name}.lora_B.weight": B for name, (_, B) in factors.items()}
-    tensors |= {f"{name}.{key}": tensor for name in kept for key, tensor in modules[name].state_dict().items()}
-    ranks = {_pattern(name, factors): len(A) for name, (A, _) in factors.items()}
-    largest = max(ranks.values())
     auto = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    config = LoraConfig(
+    config, tensors = plain_lora(
+        factors, pad_to,
         task_type=task_type,
         auto_mapping=auto if task_type is None else None,  # as PEFT does, for AutoPeftModel
         base_model_name_or_path=base,
         revision=revision,
-        inference_mode=True,
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
-        target_modules=list(factors),
         modules_to_save=head or None,
-    )
-    return config, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    )  # fmt: skip
+    kept_whole = {f"{name}.{key}": tensor for name in kept for key, tensor in modules[name].state_dict().items()}
+    return config, tensors | {f"{IN_FILE}{name}": tensor for name, tensor in kept_whole.items()}
+
+
+def plain_lora(
+    factors: Mapping[str, tuple[Tensor, Tensor]], pad_to: int | None, **description: Any
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA with the update B A of every matrix, where PEFT's own scale is 1, and its tensors by PEFT's names.
+
+    Args:
+        factors: A (r, in) and B (out, r) by the name of the matrix.
+        pad_to: see `save_peft_adapter`.
+        description: other fields of the configuration.
+
+    Raises:
+        UserError: a matrix has a higher rank than `pad_to`.
+    """
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    name, largest = max(ranks.items(), key=lambda item: item[1])
+    if pad_to is not None:
+        if type(pad_to) is not int or pad_to < largest:
+            raise UserError(
+                f"`pad_to` must be a whole number that no rank exceeds; it is {pad_to!r}, {name} has rank {largest}. "
+                "Give a larger one, or train with a `max_rank` (while ranks grow, the reserve counts too)"
+            )
+        factors = {name: (_padded(A, pad_to), _padded(B.t(), pad_to).t()) for name, (A, B) in factors.items()}
+        largest, pattern = pad_to, {}
+    else:
+        pattern = {_pattern(name, ranks): rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        inference_mode=True, r=largest, lora_alpha=largest, rank_pattern=pattern, alpha_pattern=dict(pattern),
+        target_modules=list(factors), **description,
+    )  # fmt: skip
+    tensors = {f"{IN_FILE}{name}.lora_A.weight": A for name, (A, _) in factors.items()}
+    return config, tensors | {f"{IN_FILE}{name}.lora_B.weight": B for name, (_, B) in factors.items()}
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
 
 
 def head_modules(method: Method, model: nn.Module) -> list[str]:
@@ -234,9 +268,9 @@ def _compare_with_base(
             odd.append(name)
             continue
         owner = plain.removesuffix(".weight")
-        A = tensors.get(f"base_model.model.{owner}.lora_A.weight")
+        A = tensors.get(f"{IN_FILE}{owner}.lora_A.weight")
         if A is not None and name == plain != owner:  # merged
-            B = tensors[f"base_model.model.{owner}.lora_B.weight"]
+            B = tensors[f"{IN_FILE}{owner}.lora_B.weight"]
             expected = other.detach().to(A.dtype) + (B @ A).cpu()
             if not torch.allclose(live.to(A.dtype), expected, rtol=1e-4, atol=1e-5):
                 odd.append(name)

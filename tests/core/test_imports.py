@@ -16,7 +16,7 @@ PACKAGES = ("increlora", "baselines")
 ROOMS = {
     "root": ("increlora", {"torch"}),
     "integrations": ("increlora/integrations", {"torch", "transformers", "accelerate", "peft", "safetensors"}),
-    "peft": ("increlora/integrations/peft", {"torch", "transformers", "accelerate", "peft"}),
+    "peft": ("increlora/integrations/peft", {"torch", "transformers", "accelerate", "peft", "safetensors"}),
     "glue": ("increlora/glue", {
         "torch", "numpy", "scipy", "sklearn", "safetensors", "transformers", "tokenizers", "sentencepiece",
         "datasets", "filelock",
@@ -52,7 +52,7 @@ HOMES = {
     "datasets": {"glue/tasks.py"},
     "peft": {
         "integrations/peft_export.py",
-        *(f"integrations/peft/{module}.py" for module in ("__init__", "config", "layer", "model")),
+        *(f"integrations/peft/{module}.py" for module in ("__init__", "config", "export", "layer", "model")),
     },
     "transformers": {
         "integrations/hf_trainer.py",

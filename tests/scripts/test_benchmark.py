@@ -34,7 +34,9 @@ def test_every_arm_is_measured_in_every_shape(tmp_path):
     for of in result["shapes"].values():
         assert all(len(values) == 2 and min(values) > 0 for values in of["seconds"].values())
         assert {"adalora", "houlsby", "pfeiffer", "bitfit", "full", "increlora, not scoring", "increlora, scoring",
-                "increlora, after growth", "authors, growing", "our loop / bare loop", "recipe RTE r2",
+                "increlora, after growth", "authors, growing", "peft, scoring / increlora",
+                "peft, not scoring / increlora", "peft, after growth / increlora",
+                "our loop / bare loop", "recipe RTE r2",
                 "recipe MNLI r2", "growth event / step"} <= set(of["ratios"])  # fmt: skip
     assert "| increlora, scoring |" in printed and "| 2 x 8 | 3 x 4 |" in printed
 

@@ -11,11 +11,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from increlora.integrations.peft.config import PEFT_TYPE, IncreLoraConfig
+from increlora.integrations.peft.export import export_lora
 from increlora.integrations.peft.layer import IncreLoraLayer
 from increlora.integrations.peft.model import IncreLoraModel
 from increlora.integrations.peft.training import IncreLoraCallback, Training, attach
 
-__all__ = ["IncreLoraCallback", "IncreLoraConfig", "IncreLoraLayer", "IncreLoraModel", "Training", "attach"]
+__all__ = [
+    "IncreLoraCallback", "IncreLoraConfig", "IncreLoraLayer", "IncreLoraModel", "Training", "attach", "export_lora",
+]  # fmt: skip
 
 if PeftType(PEFT_TYPE) not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=IncreLoraConfig, model_cls=IncreLoraModel)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from increlora.algorithm import START, IncreLoRA
 from increlora.integrations.peft.config import IncreLoraConfig, Refused, in_words_of_peft
-from increlora.integrations.peft.layer import Linear
 
 FACTORS = ("increlora_A", "increlora_B", "increlora_E")  # of a matrix: (r, in), (out, r), and the lambdas
 STATE = "increlora_state"
@@ -33,11 +32,11 @@ class Adapter:
 
     Args:
         config: of the adapter; a seed that was drawn, and the steps of the run, are written into it.
-        layers: the adapted layers by name, in model order.
+        layers: the adapted layers (`layer.Linear`) by name, in model order, or stand-ins with their shapes.
         weights: of these layers, or stand-ins on the meta device.
     """
 
-    def __init__(self, name: str, config: IncreLoraConfig, layers: Mapping[str, Linear], weights: list[Tensor]):
+    def __init__(self, name: str, config: IncreLoraConfig, layers: Mapping[str, Any], weights: list[Tensor]):
         self.name, self.config, self.layers = name, config, layers
         self.step = self.skipped = 0  # optimizer steps taken; steps whose gradients were not finite
         self.warned = False  # that it trains and does not grow
@@ -137,7 +136,7 @@ class Adapter:
         """
         self._check_names(tensors)
         if STATE in tensors:
-            self._restore_growing(_unpack(tensors[STATE]))
+            self._restore_growing(unpack(tensors[STATE]))
         else:
             self._restore_finished({name: len(tensors[f"{name}.{FACTORS[2]}"]) for name in self.shapes})
         return self._rows(tensors)
@@ -197,7 +196,8 @@ def _pack(state: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def _unpack(packed: Tensor) -> dict[str, Any]:
+def unpack(packed: Tensor) -> dict[str, Any]:
+    """The state that an adapter that grows is saved with."""
     packed = packed.cpu().contiguous()
     content = ctypes.string_at(packed.data_ptr(), packed.numel())
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -14,7 +14,7 @@ WORDS = {
     "target_rank": "target_r", "init_rank": "init_r", "interval": "deltaT", "init_warmup": "tinit",
     "alpha": "lora_alpha", "dropout": "lora_dropout", "orth_weight": "orth_reg_weight", "total_steps": "total_step",
 }  # fmt: skip
-GROWTHS = 20  # in the first half of training, where `deltaT` is not given
+GROWTHS = 20  # times `deltaT` is the first half of training, where it is not given
 
 
 def _add_peft_type() -> None:
@@ -39,10 +39,12 @@ class IncreLoraConfig(PeftConfig):
         target_r: average rank at the end; the budget is target_r * number of matrices.
         init_r: rank of every matrix at the start.
         total_step: optimizer steps of the whole run; None: the callback asks the Trainer.
-        deltaT: optimizer steps between growths; None: such that there are 20 in the first half of training.
+        deltaT: optimizer steps between growths; None: a 40th of the run, so that there are up to 19 in its first half.
         tinit: no growth up to this step; None: deltaT.
         top_h: matrices per growth; None: the fewest with which growth ends in the first half of training.
         rank_step: ranks that a chosen matrix gains in a growth; None: half of target_r.
+        max_rank: no matrix grows above it, e.g. the limit of a server; None: no limit. A matrix grows by whole steps,
+            so it ends at init_r + k * rank_step or below.
         beta1, beta2: decay of the averages of sensitivity and uncertainty.
         orth_reg_weight: weight of the orthogonal penalty.
         reserve_lambda: lambda of the components that learn in advance.
@@ -65,6 +67,7 @@ class IncreLoraConfig(PeftConfig):
     tinit: int | None = field(default=None, metadata={"help": "No growth up to this step."})
     top_h: int | None = field(default=None, metadata={"help": "Matrices per growth."})
     rank_step: int | None = field(default=None, metadata={"help": "Ranks that a chosen matrix gains in a growth."})
+    max_rank: int | None = field(default=None, metadata={"help": "No matrix grows above it."})
     beta1: float = field(default=0.85, metadata={"help": "Decay of the average of sensitivity."})
     beta2: float = field(default=0.85, metadata={"help": "Decay of the average of uncertainty."})
     orth_reg_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonal penalty."})
@@ -92,7 +95,7 @@ class IncreLoraConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        for name in ("total_step", "target_r", "init_r", "deltaT", "top_h", "rank_step"):
+        for name in ("total_step", "target_r", "init_r", "deltaT", "top_h", "rank_step", "max_rank"):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f"`{name}` must be a whole number above 0, it is {value!r}")
@@ -106,7 +109,7 @@ class IncreLoraConfig(PeftConfig):
         """
         settings: dict[str, Any] = {
             "target_rank": self.target_r, "init_rank": self.init_r, "rank_step": self.rank_step, "top_h": self.top_h,
-            "beta1": self.beta1, "beta2": self.beta2, "orth_weight": self.orth_reg_weight,
+            "max_rank": self.max_rank, "beta1": self.beta1, "beta2": self.beta2, "orth_weight": self.orth_reg_weight,
             "reserve_lambda": self.reserve_lambda, "alpha": self.lora_alpha, "dropout": self.lora_dropout,
         }  # fmt: skip
         with in_words_of_peft():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from increlora.bank import Bank
+from increlora.integrations.peft.config import Refused
 from increlora.linear import Update, dtype_of_products
 
 BASE = "__base__"  # PEFT's word for a row of a mixed batch without adapter
@@ -131,6 +132,12 @@ class Linear(nn.Module, IncreLoraLayer):
                 self.set_base_weight(self._shifted(-self.get_delta_weight(adapter)))
 
     def _shifted(self, delta: Tensor) -> Tensor:
+        state = getattr(self.get_base_layer().weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):  # dequantized, it would be other numbers
+            raise Refused(
+                "bitsandbytes has packed the 4-bit weights for products on a CPU, so nothing can be merged into them; "
+                "load the adapter on the base model in full precision, and merge it there"
+            )
         weight = self.get_base_weight()
         return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
 

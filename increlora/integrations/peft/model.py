@@ -3,6 +3,7 @@
 import re
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,11 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, modules_with_three_dimensions
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import BASE, IncreLoraLayer, Linear
+from increlora.integrations.peft_export import IN_FILE
 from increlora.surgery import READ_WEIGHTS
 
 PREFIX = "increlora_"
 BANK = "increlora_bank"  # of all adapters, a module of the tuner
-IN_FILE = "base_model.model."  # begins the names of a PEFT file
 LIVE: "weakref.WeakSet[IncreLoraModel]" = weakref.WeakSet()
 OWN = re.compile(rf"(?:{re.escape(IN_FILE)})?((?:.*\.)?(?:{'|'.join((*FACTORS, STATE))}))")
 
@@ -43,6 +44,7 @@ class IncreLoraModel(BaseTuner):
         self.adapters: dict[str, Adapter] = {}
         self.trainings: dict[str, Any] = {}  # adapter -> what lets it grow
         self._found: dict[str, Linear] = {}
+        self._tied: set[int] = set()  # ids of parameters with several names
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trainings": {}}  # a copy has no optimizer
@@ -60,6 +62,8 @@ class IncreLoraModel(BaseTuner):
     ) -> None:  # fmt: skip
         """Adapt the layers that the configuration names, then make the components of all of them at once."""
         self._found = {}
+        names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self._tied = {parameter for parameter, count in names.items() if count > 1}
         others = [(adapter.bank, adapter.bank.like.requires_grad) for adapter in self.adapters.values()]
         everything = self.peft_config[adapter_name].target_modules in (None, "all-linear")
         super().inject_adapter(
@@ -105,6 +109,11 @@ class IncreLoraModel(BaseTuner):
                 "nn.Linear, transformers' Conv1D and quantized linear layers can be adapted; choose other "
                 "`target_modules`, or train this one in full by `modules_to_save`"
             )
+        if id(base.weight) in self._tied:
+            raise Refused(
+                f"the weight of `{current_key}` is tied to another module's: an update would reach one, a merge both; "
+                "choose other `target_modules`"
+            )
         if isinstance(parent, READ_WEIGHTS):
             raise Refused(
                 f"`{current_key}` lies in torch's {type(parent).__name__}, which reads its weight directly and would "
@@ -120,7 +129,7 @@ class IncreLoraModel(BaseTuner):
         if names:
             warnings.warn(
                 f"{', '.join(names)}: several matrices in one tensor (fused experts), which are not adapted; every "
-                "other linear layer is",
+                "nn.Linear but the output layer is",
                 stacklevel=2,
             )
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -18,7 +19,17 @@ from increlora.integrations.peft.config import Refused
 from increlora.integrations.peft.model import LIVE, IncreLoraModel
 from increlora.schedule import multiplier
 
+HOLDERS = {
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+    "DataParallel",
+}  # classes, by an ancestor's name
 MAX_SKIPPED = 20  # steps in a row with gradients that are not finite
+UNSHARDED = (
+    "An adapter that grows needs whole parameters and a plain optimizer in every process: start one process per GPU "
+    "(torchrun, accelerate launch) with DistributedDataParallel, not FSDP, DeepSpeed or DataParallel"
+)
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -45,7 +56,7 @@ def attach(
 
     Args:
         model: of `get_peft_model`, before anything wraps it.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters; also what `Accelerator.prepare` made of it.
         total_step: optimizer steps of the whole run; None: the configuration has it.
         warmup_steps: of every group of new components.
         linear: the optimizer's schedule is linear, with as many warmup steps.
@@ -68,9 +79,12 @@ class Training:
     ):  # fmt: skip
         self.tuner = tuner_of(model)
         self.adapter = adapter = _trained(self.tuner)
+        self._refuse_sharding(model, optimizer)
+        if isinstance(optimizer, AcceleratedOptimizer):
+            prepared: Any = optimizer
+            optimizer, scaler = prepared.optimizer, scaler or prepared.scaler
         self.optimizer, self.warmup_steps, self.linear = optimizer, warmup_steps, linear
         self.micro_batches, self.scaler = micro_batches, scaler
-        self._refuse_sharding(model)
         self._plan(total_step)
         self.method, self.bank = adapter.method, adapter.bank
         self._hold_all()
@@ -107,20 +121,20 @@ class Training:
         for hook in self.hooks:
             hook.remove()
         self._join()
+        if self.tuner.trainings.get(self.adapter.name) is self:
+            del self.tuner.trainings[self.adapter.name]
 
     # what it is given
 
-    def _refuse_sharding(self, model: nn.Module) -> None:
+    def _refuse_sharding(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         refuse_sharding()
-        kinds = {ancestor.__name__ for ancestor in type(self.optimizer).__mro__} & SHARDED_OPTIMIZERS
+        kinds = {ancestor.__name__ for ancestor in type(optimizer).__mro__} & SHARDED_OPTIMIZERS
+        kinds |= HOLDERS & {ancestor.__name__ for module in model.modules() for ancestor in type(module).__mro__}
         sharded = [n for n, p in model.named_parameters() if hasattr(p, "device_mesh") or hasattr(p, "ds_id")]
         if kinds or sharded:
-            raise Refused(
-                f"{kinds.pop() if kinds else sharded[0]} is sharded over the processes; an adapter that grows needs "
-                "whole parameters and a plain optimizer in every process: use DistributedDataParallel"
-            )
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise Refused(f"{type(self.optimizer).__name__} is no torch.optim.Optimizer: give `attach` what it wraps")
+            raise Refused(f"{kinds.pop() if kinds else sharded[0]} is spread over processes or devices. {UNSHARDED}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise Refused(f"{type(optimizer).__name__} is no torch.optim.Optimizer: give `attach` what it wraps")
 
     def _plan(self, total_step: int | None) -> None:
         adapter = self.adapter
@@ -206,6 +220,12 @@ class Training:
         return loss
 
     def _grow(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in held for p in self.bank.parameters()):
+            raise Refused(
+                f"optimizer.step(): the optimizer no longer holds the parameters of the adapter `{self.adapter.name}`: "
+                f"something has replaced them since `attach`. {UNSHARDED}"
+            )
         if self._over:
             raise Refused(
                 f"optimizer.step(): all {self.step} steps of the run are done; give IncreLoraConfig(total_step=...) "
@@ -303,12 +323,9 @@ class IncreLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
-        optimizer = parts["optimizer"]
-        if optimizer.accelerator_state.distributed_type in SHARDED or args.n_gpu > 1:
-            raise Refused(
-                "an adapter that grows needs the whole model in every process: start one process per GPU (torchrun, "
-                "accelerate launch) with DistributedDataParallel, not FSDP, DeepSpeed or DataParallel"
-            )
+        optimizer, kind = parts["optimizer"], parts["optimizer"].accelerator_state.distributed_type
+        if kind in SHARDED or args.n_gpu > 1:
+            raise Refused(f"the Trainer runs with {kind.value}, and {args.n_gpu} GPUs in this process. {UNSHARDED}")
         self.training = attach(
             parts["model"], optimizer.optimizer, total_step=state.max_steps,
             warmup_steps=args.get_warmup_steps(state.max_steps),
@@ -330,7 +347,6 @@ class IncreLoraCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         self.training.detach()
-        self.training.tuner.trainings.pop(self.training.adapter.name, None)
 
 
 def tuner_of(model: nn.Module) -> IncreLoraModel:
@@ -359,13 +375,23 @@ def _trained(tuner: IncreLoraModel) -> Adapter:
 
 @register_optimizer_step_pre_hook
 def _warn_of_a_forgotten_call(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Say once that an adapter trains and does not grow, because no optimizer was attached to it."""
+    """An adapter that trains and does not grow, because another optimizer was attached to it, or none.
+
+    Raises:
+        UserError: another one was.
+    """
     for tuner in list(LIVE):
         for adapter in tuner.adapters.values():
-            if adapter.warned or adapter.name in tuner.trainings or isinstance(adapter.method, Grown):
+            training = tuner.trainings.get(adapter.name)
+            if adapter.finished or (adapter.warned if training is None else training.optimizer is optimizer):
                 continue
             some = adapter.bank.like
             if some.requires_grad and any(some is p for group in optimizer.param_groups for p in group["params"]):
+                if training is not None:
+                    raise Refused(
+                        f"optimizer.step(): the adapter `{adapter.name}` was attached to another optimizer, with whose "
+                        f"steps it grows; attach this one, or call training.detach(). {UNSHARDED}"
+                    )
                 adapter.warned = True
                 warnings.warn(
                     f"the adapter `{adapter.name}` trains at its first ranks and does not grow: give the Trainer "

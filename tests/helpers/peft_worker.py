@@ -1,0 +1,27 @@
+"""A Trainer with an adapter that grows, for several processes: `torchrun ... peft_worker.py FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from test_peft import GROWTH, RATE, STEPS, WARMUP, counting, llama
+from transformers import Trainer, TrainingArguments
+
+from increlora import distributed
+from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig
+
+folder, BATCH = Path(sys.argv[1]), 8
+args = TrainingArguments(
+    str(folder), max_steps=STEPS, learning_rate=RATE, warmup_steps=WARMUP, report_to="none", disable_tqdm=True,
+    per_device_train_batch_size=BATCH // int(sys.argv[2]), save_steps=10, use_cpu=True,
+)  # fmt: skip
+rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in counting(step)]
+model = get_peft_model(llama(torch.float64), IncreLoraConfig(**GROWTH))
+callback = IncreLoraCallback()
+trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
+trainer.train()
+assert distributed.processes() == int(sys.argv[2])
+trainer.save_model(str(folder / "adapter"))
+if distributed.is_main():
+    torch.save([(a.step, a.added) for a in callback.training.method.allocations], folder / "growth.pt")
