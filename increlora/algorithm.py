@@ -19,7 +19,7 @@ from increlora.errors import UserError
 from increlora.importance import DeltaGradient, ImportanceScore
 from increlora.linear import IncrementalLinear
 from increlora.method import Allocation, Method, named
-from increlora.order import StepOrder
+from increlora.order import AFTER, StepOrder
 from increlora.orthogonality import orthogonal_penalty
 from increlora.streams import stream
 
@@ -486,7 +486,22 @@ class IncreLoRA(Method):
         # while ranks grow a reserve learns at the output, with lambda 1e-5: leaving it out would change the logits
         return {name: self.bank.factors(name) for name in self.linears}
 
+    def warn_of_an_early_end(self, what: str) -> None:
+        """Before what was trained leaves: a warning if the run is not at its end."""
+        step, total = self.order.next, self.order.total_steps
+        if step is None or step >= total:
+            return
+        reason = f"the run is at step {step} of {total}, its total rank {sum(self.ranks().values())}"
+        if step == 0 and self.order.last == AFTER and not self.allocations:
+            reason = (
+                "no step was begun, so nothing has grown: make Growth(method, model, optimizer, ...) and call "
+                "growth.begin_step() in every step, or give the Trainer its callback and optimizers"
+            )
+        warnings.warn(f"{what}: {reason}", stacklevel=3)
+
     def merge(self, model: nn.Module) -> None:
+        if not self.merged:
+            self.warn_of_an_early_end("merge")
         surgery.refuse_other_model(model, self.linears, self.merged)
         for linear in self.linears.values():
             linear.check_merge()

@@ -178,9 +178,12 @@ class Cluster:
         from parsl.launchers import SrunLauncher
         from parsl.providers import SlurmProvider
 
+        class Provider(SlurmProvider):
+            status_polling_interval = 20  # seconds; Parsl asks once a minute, and so long an ended job is not replaced
+
         # the notice goes to the processes of the job's step, which srun makes
         options = [*self.options, f"#SBATCH --signal=TERM@{self.notice}"]
-        provider = SlurmProvider(
+        provider = Provider(
             partition=self.partition, account=self.account, qos=self.qos, constraint=self.constraint,
             cores_per_node=self.cpus_per_run and self.cpus_per_run * self.runs_per_job,
             mem_per_node=self.memory_per_job, gpus_per_node=self.gpus_per_job or None, walltime=self.time,

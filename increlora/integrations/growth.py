@@ -3,6 +3,7 @@
 import ctypes
 import io
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -85,7 +86,8 @@ class Growth:
         self.loaded: set[str] = set()  # since the last step: the model's state, the optimizer's
         self.held = 0  # parameters in the optimizer when it was last checked
         self.rates: list[Any] | None = None  # that were written into the groups
-        self.left: list[tuple[nn.Parameter, int]] = []  # gradients of the last step: parameter, version
+        # by id of the parameter: its gradient in the last step, its version; None: not known
+        self.left: dict[int, tuple[Any, int]] | None = None
         self.penalty = Penalty()
         self._check_parts()
         self.bank = getattr(method, "bank", None)  # of a method that has one
@@ -198,7 +200,7 @@ class Growth:
             self.method.after_step(self.step)
         self.step += self.finite
         self.skipped += not self.finite
-        self.left = [(p, p.grad._version) for p in self._parameters() if p.grad is not None]
+        self.left = {id(p): (weakref.ref(p.grad), p.grad._version) for p in self._parameters() if p.grad is not None}
         self.phase = BETWEEN
 
     def merge(self) -> None:
@@ -222,9 +224,18 @@ class Growth:
         if self.bank is not None:
             self.bank.saves_unmerged = keeps
 
-    def _optimizer_steps(self, *_: Any) -> None:
+    def _optimizer_steps(self, _: Any, arguments: tuple, keywords: dict) -> None:
         """Before every step of the optimizer: it is its turn."""
+        if keywords.get("closure") is not None or any(argument is not None for argument in arguments[1:]):
+            raise UserError(
+                "optimizer.step(closure): ranks grow from the gradients before it; call it without a closure"
+            )
         if self.phase == READY:
+            if self.finite and all(parameter.grad is None for parameter in self._parameters()):
+                raise UserError(
+                    "optimizer.step(): there are no gradients, though growth.before_step() saw some: call "
+                    "optimizer.zero_grad() after growth.after_step()"
+                )
             self.phase = STEPPED
             return
         what = {
@@ -266,15 +277,33 @@ class Growth:
                 f"{type(self.optimizer).__name__} is not a torch.optim.Optimizer itself: make Growth before "
                 "accelerator.prepare or anything else wraps the optimizer"
             )
+        if "LBFGS" in kinds:
+            raise UserError("LBFGS computes gradients by itself, again and again in a step: use another optimizer")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UserError(
+                "no parameter of the model trains: make Growth after method.prepare, and freeze nothing then"
+            )
         if getattr(self.method, "merged", False):
             raise UserError("the method was merged into its model already: prepare a fresh model with a new method")
 
     def _check_schedule(self) -> None:
+        warmup = self.warmup_steps
+        if not isinstance(warmup, int) or not 0 <= warmup < max(1, self.total_steps):
+            raise UserError(
+                f"`warmup_steps` must be a whole number of steps from 0 to below {self.total_steps} (the whole run), "
+                f"it is {warmup}"
+            )
         last = max(self.method.planned_ranks(), default=0)
         if last >= self.total_steps:
             raise UserError(
                 f"ranks change until step {last}, after the last of {self.total_steps} steps: give method.prepare and "
                 "Growth the same total_steps"
+            )
+        order = getattr(self.method, "order", None)
+        if order is not None and order.total_steps != self.total_steps:
+            raise UserError(
+                f"Growth has {self.total_steps} steps and method.prepare was told {order.total_steps}: give both the "
+                "optimizer steps of the whole run"
             )
         self._refuse_scheduler()
 
@@ -295,16 +324,29 @@ class Growth:
                 f"a learning rate was changed from {changed[0][0]} to {changed[0][1]}; Growth sets every learning rate "
                 "(restart warmup, linear decay): remove the scheduler, or whatever else sets it"
             )
-        if any(p.grad is not None and p.grad._version == version for p, version in self.left):
-            raise UserError(
-                f"growth.begin_step(): the gradients of the last step are still there (step {self.step}); call "
-                "optimizer.zero_grad() after growth.after_step()"
-            )
-        self.left = []
+        self._refuse_gradients()
+        self.left = {}
         held = sum(len(group["params"]) for group in self.optimizer.param_groups)
         if held != self.held:
             self._take_up_groups()
             self.held = held
+
+    def _refuse_gradients(self) -> None:
+        """Before a step: no gradient is there, but for those of the last step that were set to zero."""
+        if self.left is None:
+            return
+        for parameter in self._parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            last, version = self.left.get(id(parameter), (lambda: None, 0))
+            if last() is gradient and gradient._version != version:
+                continue
+            whose = "the last step are still" if last() is gradient else "another backward are"
+            raise UserError(
+                f"growth.begin_step(): the gradients of {whose} there (step {self.step}); call optimizer.zero_grad() "
+                "after growth.after_step(), and after every backward that is no part of a step"
+            )
 
     def _take_up_groups(self) -> None:
         """The first step of a session, or groups were added since: check and complete them."""
@@ -356,7 +398,7 @@ class Growth:
             )
         self.method.load_state_dict(state["method"])
         self.step, self.skipped, self.skipped_in_a_row = state["step"], state["skipped"], 0
-        self.phase, self.left = BETWEEN, []
+        self.phase, self.left = BETWEEN, None
         self.loaded.add("model")
 
     def _settings(self) -> dict[str, Any]:
@@ -378,7 +420,7 @@ class Growth:
         for number, parameter in enumerate(self._parameters()):
             if number in state_dict["state"] and id(parameter) not in own:  # the user added it to that run's optimizer
                 parameter.requires_grad_(True)
-        self.rates, self.left, self.held = None, [], 0
+        self.rates, self.left, self.held = None, None, 0
 
 
 class Penalty:
@@ -475,7 +517,16 @@ def refuse_sharding() -> None:
 
 
 def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Add structure, averages and step to the weights."""
+    """Add structure, averages and step to the weights.
+
+    Raises:
+        UserError: a step has changed a part of what a state holds, and not yet the rest.
+    """
+    if growth.phase in (READY, STEPPED):
+        raise UserError(
+            f"state_dict(): step {growth.step} is not complete, so a run from this state would take it twice; save "
+            "after growth.after_step()"
+        )
     state = {
         "step": growth.step,
         "skipped": growth.skipped,

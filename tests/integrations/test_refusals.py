@@ -579,3 +579,57 @@ def test_a_trainer_without_its_callback_with_another_schedule_or_saved_unmerged_
     callback.growth.merge()
     made_.save_model(str(tmp_path / "model"))
     refused("the model stands at 30", made_.train)
+
+
+def test_what_leaves_before_its_end_is_warned_of(bert, tmp_path):
+    method = made()
+    method.prepare(bert, STEPS)
+    optimizer = optimizer_of(method, bert)
+    for step in range(4):  # a plain loop, in which nothing grows
+        loss_of(bert, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="save_peft_adapter: no step was begun, so nothing has grown: make Growth"):
+        save_peft_adapter(method, bert, tmp_path / "adapter")
+    growth = Growth(method, bert, optimizer_of(method, bert), STEPS, WARMUP)
+    take(growth, until=10)
+    with pytest.warns(UserWarning, match="merge: the run is at step 10 of 30, its total rank 17"):
+        growth.merge()
+
+
+def test_a_schedule_that_is_not_the_methods_is_refused(bert):
+    method = made()
+    method.prepare(bert, STEPS)
+    optimizer = optimizer_of(method, bert)
+    refused(f"Growth has 60 steps and method.prepare was told {STEPS}", Growth, method, bert, optimizer, 60, WARMUP)
+    for warmup in (0.06, -1, STEPS):
+        refused("`warmup_steps` must be a whole number of steps", Growth, method, bert, optimizer, STEPS, warmup)
+    refused("LBFGS computes gradients by itself", Growth, method, bert, torch.optim.LBFGS(bert.parameters()), STEPS, 4)
+    bert.requires_grad_(False)
+    refused("no parameter of the model trains", Growth, method, bert, optimizer, STEPS, WARMUP)
+
+
+def test_gradients_that_are_not_those_of_the_step_are_refused(bert):
+    growth = growing(bert)
+    optimizer = growth.optimizer
+    take(growth, until=2)
+    loss_of(bert).backward()  # for a look at a gradient between two steps
+    refused("the gradients of another backward are there", growth.begin_step)
+    optimizer.zero_grad(set_to_none=False)
+    refused("the gradients of another backward are there", growth.begin_step)  # they would pass for those of the step
+    optimizer.zero_grad()
+    for step in (2, 3):  # zeros in the place of gradients are none
+        growth.begin_step()
+        loss_of(bert, step).backward()
+        growth.before_step()
+        if step == 2:
+            refused("state_dict(): step 2 is not complete", bert.state_dict)
+        optimizer.step()
+        growth.after_step()
+        optimizer.zero_grad(set_to_none=False)
+    growth.begin_step()
+    loss_of(bert).backward()
+    growth.before_step()
+    refused("call it without a closure", optimizer.step, lambda: None)
+    optimizer.zero_grad()
+    refused("there are no gradients, though growth.before_step() saw some", optimizer.step)
