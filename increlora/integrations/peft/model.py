@@ -240,7 +240,7 @@ class IncreLoraModel(BaseTuner):
             )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """A state of the whole model (of a Lightning or accelerate checkpoint) has the ranks beside the tensors."""
+        """A state of the whole model, as in a checkpoint of accelerate, has the ranks beside the tensors."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, adapter in self.adapters.items():
             if adapter.grows:
