@@ -134,13 +134,7 @@ class IncreLoraModel(BaseTuner):
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, its components included.
-
-        Raises:
-            UserError: it is merged into the weights, where it would stay for good.
-        """
-        if adapter_name in self.adapters:
-            self._refuse_merged(adapter_name, "deleted")
+        """Delete an adapter, its components included."""
         super().delete_adapter(adapter_name)
         self._let_go(adapter_name)
 
@@ -222,7 +216,7 @@ class IncreLoraModel(BaseTuner):
 
     def _restore(self, adapter_name: str, restore: Callable[[], Any]) -> Any:
         """Let an adapter take another structure, before its weights are read."""
-        self._refuse_merged(adapter_name, "loaded again")
+        self._refuse_merged(adapter_name)
         adapter = self.adapters[adapter_name]
         bank, result = adapter.bank, restore()
         if adapter.bank is not bank:
@@ -232,11 +226,11 @@ class IncreLoraModel(BaseTuner):
         adapter.restored = True
         return result
 
-    def _refuse_merged(self, adapter_name: str, done: str) -> None:
+    def _refuse_merged(self, adapter_name: str) -> None:
         if any(adapter_name in layer.merged_adapters for layer in self.adapters[adapter_name].layers.values()):
             raise Refused(
                 f"the adapter `{adapter_name}` is merged into the weights, and could not be taken out of them once it "
-                f"is {done}: call model.unmerge_adapter() first"
+                "is loaded again: call model.unmerge_adapter() first"
             )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
