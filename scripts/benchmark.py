@@ -267,7 +267,7 @@ def bare_loop(arm: Arm) -> float:
 
     stand_before(arm.step, method)
     run.model.train()
-    return timed(step, run.device)
+    return timed(step, run.device, arm.clock)
 
 
 def through_peft(arm: Arm, options: argparse.Namespace) -> Callable[[], float]:
@@ -307,7 +307,7 @@ def through_peft(arm: Arm, options: argparse.Namespace) -> Callable[[], float]:
         training.adapter.step = arm.step
         stand_before(arm.step, training.method)
         model.train()
-        return timed(step, run.device)
+        return timed(step, run.device, arm.clock)
 
     return take
 

@@ -210,7 +210,7 @@ def test_what_cannot_be_exported_is_refused(finished, tmp_path):
 
 
 def test_an_exported_adapter_is_that_of_a_plain_loop_in_the_middle(tmp_path):
-    model = get_peft_model(llama(), IncreLoraConfig(**GROWTH, total_step=STEPS))
+    model = get_peft_model(llama(torch.float64), IncreLoraConfig(**GROWTH, total_step=STEPS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     attach(model, optimizer)
     for step in range(8):
@@ -219,4 +219,6 @@ def test_an_exported_adapter_is_that_of_a_plain_loop_in_the_middle(tmp_path):
         optimizer.step()
     model.save_pretrained(tmp_path / "growing")
     export_lora(tmp_path / "growing", tmp_path / "lora")
-    close(PeftModel.from_pretrained(llama(), tmp_path / "lora"), logits(model))
+    assert all(t.dtype == torch.float64 for t in load_file(tmp_path / "lora/adapter_model.safetensors").values())
+    loaded = PeftModel.from_pretrained(llama(torch.float64), tmp_path / "lora")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-12)

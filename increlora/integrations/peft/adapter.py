@@ -40,6 +40,7 @@ class Adapter:
         self.name, self.config, self.layers = name, config, layers
         self.step = self.skipped = 0  # optimizer steps taken; steps whose gradients were not finite
         self.warned = False  # that it trains and does not grow
+        self.restored = False  # its structure, so that its weights may come
         if config.seed is None:
             config.seed = int(torch.randint(2**31, ()))
         self.shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
@@ -83,6 +84,11 @@ class Adapter:
             self.method.schedule(len(self.shapes), total_steps)
 
     @property
+    def grows(self) -> bool:
+        """Whether its growth is planned, so that its tensors mean nothing without its state."""
+        return self.planned and not isinstance(self.method, Grown)
+
+    @property
     def finished(self) -> bool:
         """Whether its ranks are final: growth is over and training too, or it was loaded so."""
         return isinstance(self.method, Grown) or (self.planned and self.step >= self.method.order.total_steps)
@@ -111,16 +117,20 @@ class Adapter:
             for factor, value in zip(FACTORS, (torch.cat(A), torch.cat(B).t(), torch.cat(E)), strict=True):
                 found[f"{name}.{factor}"] = value.detach().contiguous()
         if not self.finished and self.planned:
-            found[STATE] = _pack(
-                {
-                    "step": self.step,
-                    "skipped": self.skipped,
-                    "total_steps": self.method.order.total_steps,
-                    "seed": self.method.seed,
-                    "method": self.method.state_dict(),
-                }
-            )
+            found[STATE] = self.state()
         return found
+
+    def state(self) -> Tensor:
+        """Structure, averages and step of an adapter whose growth is planned, as a vector of bytes."""
+        return _pack(
+            {
+                "step": self.step,
+                "skipped": self.skipped,
+                "total_steps": self.method.order.total_steps,
+                "seed": self.method.seed,
+                "method": self.method.state_dict(),
+            }
+        )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rebuild the structure that `tensors` has, whatever it was before.
@@ -136,7 +146,7 @@ class Adapter:
         """
         self._check_names(tensors)
         if STATE in tensors:
-            self._restore_growing(unpack(tensors[STATE]))
+            self.restore_growing(unpack(tensors[STATE]))
         else:
             self._restore_finished({name: len(tensors[f"{name}.{FACTORS[2]}"]) for name in self.shapes})
         return self._rows(tensors)
@@ -163,7 +173,19 @@ class Adapter:
         self.bank.requires_grad_(trains)
         self.step = self.skipped = 0
 
-    def _restore_growing(self, state: dict[str, Any]) -> None:
+    def restore_growing(self, state: dict[str, Any]) -> None:
+        """Take ranks, averages and step from what `state` packed; the weights come apart from it.
+
+        Raises:
+            UserError: it is of other matrices or settings.
+        """
+        theirs = state["method"]["structure"]["matrices"]
+        if list(theirs) != list(self.shapes):
+            odd = sorted(set(theirs) ^ set(self.shapes)) or ["their order"]
+            raise Refused(
+                f"the state that is loaded has other matrices than `{self.name}` of this model, e.g. {odd[0]}: give "
+                "both the same base model and `target_modules`"
+            )
         if isinstance(self.method, Grown) or not self.planned or self.method.order.total_steps != state["total_steps"]:
             trains = self.bank.like.requires_grad
             self._make(IncreLoRA(**self.config.settings()), [self.bank.like])

@@ -56,7 +56,8 @@ def export_lora(
         raise Refused(f"{folder} exists already; remove it, or choose another folder")
     config, own, others = _read(adapter)
     shapes = _shapes(own)
-    made = Adapter("default", config, shapes, [torch.empty(0)])
+    dtype = next(value.dtype for key, value in own.items() if key != STATE)
+    made = Adapter("default", config, shapes, [torch.empty(0, dtype=dtype)])
     rows = made.restore(own)
     made.bank.load_state_dict(rows)
     factors = {name: made.bank.factors(name) for name in shapes}

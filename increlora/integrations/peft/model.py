@@ -4,7 +4,7 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, modules_with_three_dimensions
+from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, modules_with_three_dimensions, unpack
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import BASE, IncreLoraLayer, Linear
 from increlora.integrations.peft_export import IN_FILE
@@ -210,13 +210,49 @@ class IncreLoraModel(BaseTuner):
             return others
         tuner = cls._tuner(model)
         adapter = tuner.adapters[adapter_name]
-        bank = adapter.bank
-        rows = adapter.restore({name: state_dict[key] for key, name in own.items()})
+        tensors = {name: state_dict[key] for key, name in own.items()}
+        rows = tuner._restore(adapter_name, partial(adapter.restore, tensors))
+        return others | {f"base_model.{BANK}.{adapter_name}.{key}": value for key, value in rows.items()}
+
+    def _restore(self, adapter_name: str, restore: Callable[[], Any]) -> Any:
+        """Let an adapter take another structure, before its weights are read."""
+        self._refuse_merged(adapter_name)
+        adapter = self.adapters[adapter_name]
+        bank, result = adapter.bank, restore()
         if adapter.bank is not bank:
             bank.unwatch()
-            adapter.bank.watch(tuner.model)
-            tuner.increlora_bank[adapter_name] = adapter.bank
-        return others | {f"base_model.{BANK}.{adapter_name}.{key}": value for key, value in rows.items()}
+            adapter.bank.watch(self.model)
+            self.increlora_bank[adapter_name] = adapter.bank
+        adapter.restored = True
+        return result
+
+    def _refuse_merged(self, adapter_name: str) -> None:
+        if any(adapter_name in layer.merged_adapters for layer in self.adapters[adapter_name].layers.values()):
+            raise Refused(
+                f"the adapter `{adapter_name}` is merged into the weights, and could not be taken out of them once it "
+                "is loaded again: call model.unmerge_adapter() first"
+            )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A state of the whole model, as in a checkpoint of accelerate, has the ranks beside the tensors."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, adapter in self.adapters.items():
+            if adapter.grows:
+                destination[f"{prefix}{BANK}.{name}.{STATE}"] = adapter.state()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name, adapter in self.adapters.items():
+            begin = f"{prefix}{BANK}.{name}."
+            packed = state_dict.pop(begin + STATE, None)
+            if packed is not None:
+                self._restore(name, partial(adapter.restore_growing, unpack(packed)))
+            elif adapter.grows and not adapter.restored and any(key.startswith(begin) for key in state_dict):
+                raise Refused(
+                    f"the state has tensors of the adapter `{name}` without its ranks (`{STATE}`), and this one is "
+                    "planned to grow: load a whole model.state_dict(), or what save_pretrained wrote"
+                )
+            adapter.restored = False
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @staticmethod
     def _tuner(model: nn.Module) -> "IncreLoraModel":

@@ -146,13 +146,14 @@ class Training:
                 f"the adapter `{adapter.name}` was loaded with final ranks: it trains on, and does not grow",
                 stacklevel=4,
             )
-        if not adapter.planned:
-            adapter.plan(total)
-        if adapter.method.order.total_steps != total:
+        planned = adapter.method.order.total_steps if adapter.planned else adapter.config.total_step
+        if planned not in (None, total):
             raise Refused(
-                f"the run has {total} steps, and `total_step` of the adapter is {adapter.method.order.total_steps}: "
+                f"the run has {total} steps, and `total_step` of the adapter is {planned}: "
                 f"give IncreLoraConfig(total_step={total}), or leave it out"
             )
+        if not adapter.planned:
+            adapter.plan(total)
 
     def _hold_all(self) -> None:
         """The optimizer holds every tensor of the adapter, also those that were made for this run just now."""
@@ -182,6 +183,7 @@ class Training:
 
     def begin(self) -> None:
         """Begin a step: the gradient of the penalty, and the score; no effect within a step and after the last one."""
+        self._check_bank()
         if self.begun or self._over:
             return
         method = self.method
@@ -195,6 +197,13 @@ class Training:
                 gradients = torch.autograd.grad(penalty * scale, parameters, allow_unused=True)
                 self.pending = {id(p): g for p, g in zip(parameters, gradients, strict=True) if g is not None}
         self.begun, self.arrived = True, False
+
+    def _check_bank(self) -> None:
+        if self.adapter.bank is not self.bank:
+            raise Refused(
+                f"the adapter `{self.adapter.name}` was loaded with other tensors since `attach`; make a new optimizer "
+                "over model.parameters(), and attach that"
+            )
 
     def _arrives(self, parameter: int, gradient: Tensor) -> Tensor | None:
         """The first gradient of a parameter in a step brings the penalty's with it."""
@@ -220,6 +229,7 @@ class Training:
         return loss
 
     def _grow(self) -> None:
+        self._check_bank()
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if any(id(p) not in held for p in self.bank.parameters()):
             raise Refused(
