@@ -34,7 +34,8 @@ class AdapterUpdate(Update):
             dtype = self.bank.like.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         factors = self.bank.views(self.name, dtype)
-        return self.add_to(h.reshape(-1, h.shape[-1]), rows, factors, in_place).view(h.shape)
+        flat = h if h.ndim == 2 else h.reshape(-1, h.shape[-1])  # changed in place, a view would cost a copy backward
+        return self.add_to(flat, rows, factors, in_place).view(h.shape)
 
 
 class IncreLoraLayer(BaseTunerLayer):
@@ -148,14 +149,15 @@ class Linear(nn.Module, IncreLoraLayer):
             return self._mixed_batch(x, adapter_names, *arguments, **keywords)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        h = self.base_layer(x, *arguments, **keywords)
         if self.disable_adapters or self.merged:
-            return h
+            return self.base_layer(x, *arguments, **keywords)
         in_place = type(self.base_layer) is nn.Linear
+        rows = x.reshape(-1, x.shape[-1]) if in_place else x
+        h = self.base_layer(rows, *arguments, **keywords)
         for adapter in self.active_adapters:
             if adapter in self.increlora_update:
-                h = self.update(adapter)(h, x, in_place)
-        return h
+                h = self.update(adapter)(h, rows, in_place)
+        return h.view(*x.shape[:-1], h.shape[-1]) if in_place else h
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *arguments: Any, **keywords: Any) -> Tensor:
         """Every row of the batch with the adapter that is named for it."""
