@@ -178,7 +178,7 @@ def test_a_second_process_on_one_run_directory_is_refused(tmp_path):
 
     with exclusive(tmp_path / "here"):
         done = run(*SMALL, "tracker=jsonl", "run_dir=here", cwd=tmp_path)
-    assert done.returncode == 2 and "another process is running in here" in done.stderr
+    assert done.returncode == 75 and "another process is running in here" in done.stderr
 
 
 def test_a_disk_that_is_full_ends_the_run_in_two_lines(tmp_path):
