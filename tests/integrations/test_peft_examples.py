@@ -51,7 +51,7 @@ def test_gpt2_grows_saves_and_merges(tmp_path):
 
 
 def test_the_sft_trainer_grows_and_resumes_to_the_same_bits(tmp_path):
-    pytest.importorskip("trl", reason="TRL is not installed (the extra `dev` has it)")
+    pytest.importorskip("trl", reason="TRL is not installed (the extra `quantized` has it)")
     out = run("sft_trainer", tmp_path)
     assert total_rank(out) == BUDGET["others"] and losses(out)[0] > 2 > 0.5 > losses(out)[2]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -68,7 +68,7 @@ def test_the_sft_trainer_grows_and_resumes_to_the_same_bits(tmp_path):
 
 
 def test_a_model_in_4_bits_trains_on_a_cpu(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `dev` has it)")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `quantized` has it)")
     out = run("4_bit_weights", tmp_path)
     assert total_rank(out) == BUDGET["others"] and losses(out)[0] > 0.5 > 0.2 > losses(out)[-1]
     assert "the same after loading: True" in out

@@ -86,7 +86,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_quantized_layers_train_save_load_and_leave_as_a_lora(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `dev` has it)")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `quantized` has it)")
     torch.manual_seed(0)
     wide = WIDE | {"hidden_size": 64, "intermediate_size": 128}  # no block of 4-bit weights is shorter
     t.LlamaForCausalLM(t.LlamaConfig(**wide, initializer_range=0.2)).save_pretrained(tmp_path / "base")
