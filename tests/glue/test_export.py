@@ -381,3 +381,15 @@ def test_names_of_strangers_are_no_markup():
     assert table.markdown() == "50 % of $x\n\n| a\\|b c |\n| --- |\n| \\input{x}^~_#& |\n"
     assert r"\caption{50 \% of \$x}" in table.latex()
     assert r"\textbackslash{}input\{x\}\textasciicircum{}\textasciitilde{}\_\#\&" in table.latex()
+
+
+def test_released_adapters_are_small_and_fit_their_results():
+    folders = [path for path in (ROOT / "results" / "adapters").iterdir() if path.is_dir()]
+    assert {folder.name for folder in folders} == {"cola", "mrpc", "rte", "sst2", "stsb"}
+    for folder in folders:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        result = result_files.read(folder / "result.json")
+        assert (folder / "adapter_model.safetensors").stat().st_size < 1_000_000
+        assert result["run"]["task"] == folder.name and result["code"]["dirty"] is False
+        ranks = {name: len(A) for name, A in tensors.items() if name.endswith("lora_A.weight")}
+        assert len(ranks) == 36 and sum(ranks.values()) >= sum(result["ranks"]["best"].values())
