@@ -489,7 +489,7 @@ class IncreLoRA(Method):
     def warn_of_an_early_end(self, what: str) -> None:
         """Before what was trained leaves: a warning if the run is not at its end."""
         step, total = self.order.next, self.order.total_steps
-        if step is None or step >= total:
+        if self.merged or step is None or step >= total:
             return
         reason = f"the run is at step {step} of {total}, its total rank {sum(self.ranks().values())}"
         if step == 0 and self.order.last == AFTER and not self.allocations:
@@ -500,8 +500,7 @@ class IncreLoRA(Method):
         warnings.warn(f"{what}: {reason}", stacklevel=3)
 
     def merge(self, model: nn.Module) -> None:
-        if not self.merged:
-            self.warn_of_an_early_end("merge")
+        self.warn_of_an_early_end("merge")
         surgery.refuse_other_model(model, self.linears, self.merged)
         for linear in self.linears.values():
             linear.check_merge()

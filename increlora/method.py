@@ -180,6 +180,9 @@ class Method:
         instead = "the merged model can be written instead" if self.can_merge else "nor can it be merged"
         raise UserError(f"{self.name} trains no low-rank factors, so no LoRA adapter can hold it; {instead}")
 
+    def warn_of_an_early_end(self, what: str) -> None:
+        """Before what was trained leaves: a warning if the run is not at its end."""
+
     def merge(self, model: nn.Module) -> None:
         """Fold the update into the model's own layers in place; outputs stay the same.
 

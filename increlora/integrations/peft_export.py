@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from increlora import base_weights
-from increlora.algorithm import IncreLoRA
 from increlora.components import NAME
 from increlora.errors import UserError
 from increlora.files import writing
@@ -74,8 +73,7 @@ def save_peft_adapter(
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already; remove it, or choose another folder")
-    if isinstance(method, IncreLoRA) and not method.merged:
-        method.warn_of_an_early_end("save_peft_adapter")
+    method.warn_of_an_early_end("save_peft_adapter")
     base = base_model or getattr(model, "name_or_path", None) or None
     config, tensors = adapter(method, model, base, task_type, revision, pad_to)
     _compare_with_base(method, model, config, tensors, [base_model, getattr(model, "name_or_path", None)], revision)

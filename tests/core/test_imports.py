@@ -19,7 +19,7 @@ ROOMS = {
     "peft": ("increlora/integrations/peft", {"torch", "transformers", "accelerate", "peft", "safetensors"}),
     "glue": ("increlora/glue", {
         "torch", "numpy", "scipy", "sklearn", "safetensors", "transformers", "tokenizers", "sentencepiece",
-        "datasets", "filelock",
+        "datasets", "filelock", "parsl",
         "huggingface_hub", "evaluate", "hydra", "omegaconf", "yaml", "tqdm", "rich", "wandb", "matplotlib", "PIL",
     }),
     "analysis": ("increlora/analysis", {"numpy", "scipy", "pandas", "matplotlib"}),
@@ -50,6 +50,7 @@ HOMES = {
     "wandb": {"glue/tracker.py"},
     "hydra": {"glue/config.py"},
     "datasets": {"glue/tasks.py"},
+    "parsl": {"glue/sweep_engine.py"},
     "peft": {
         "integrations/peft_export.py",
         *(f"integrations/peft/{module}.py" for module in ("__init__", "config", "export", "layer", "model")),

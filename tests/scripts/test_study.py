@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from increlora import result_files
 from increlora.analysis.sequential import HELPS, HURTS, SAME, Plan
 from increlora.errors import UserError
 from increlora.glue import config, sweep_plan
@@ -40,7 +41,8 @@ def write(folder: Path, task: str, method: str, seed: int, score: float, rate: f
     }
     path = folder / f"{task}-{method}-{rate}" / f"seed{seed}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(json.dumps(run | changes))
+    empty = {part: kind() for part, kind in result_files.PARTS.items()}
+    path.write_text(json.dumps(empty | run | changes))
 
 
 def study(folder: Path, better: dict[str, float], seeds: range) -> None:
