@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from increlora.errors import UserError, first_line
-from increlora.files import as_json, parsed_json
+from increlora.files import as_json
 
 FORMAT = 3  # with a checksum; `_upgraded` says how earlier ones differ
 FILE_NAME = "result.json"
@@ -52,9 +52,9 @@ def read(path: Path, needed: Collection[str] = tuple(PARTS)) -> dict[str, Any]:
     if not path.exists():
         refuse_unfinished(path.parent)
     try:
-        result = parsed_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the result file {path}: {error}") from None
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the result file {path}: {first_line(error)}") from None
     number = result.get("format", 1) if isinstance(result, dict) else FORMAT
     if number not in range(1, FORMAT + 1):
         raise UserError(f"{path} is of result format {number}, this code reads 1 to {FORMAT}: use a later version")

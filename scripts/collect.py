@@ -27,6 +27,19 @@ def published(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"data": result["data"] | {"source": source.name if source.is_absolute() else str(source)}}
 
 
+def published_text(text: str, source: str) -> str:
+    """The same of the text of a result file, which keeps its format; `source` is that of its data."""
+    if not Path(source).is_absolute():
+        return text
+    written = json.loads(text)
+    kept = published(written)
+    kept = result_files.sealed(kept) if "checksum" in kept else kept
+    # writing JSON with indents takes most of the time, and there are two places to change
+    changed = text.replace(json.dumps(written["data"]["source"]), json.dumps(kept["data"]["source"]))
+    changed = changed.replace(str(written.get("checksum")), str(kept.get("checksum")))
+    return changed if json.loads(changed) == kept else as_json(kept, indent=1) + "\n"
+
+
 def unclean(code: Mapping[str, Any]) -> str | None:
     """Why the code of a run is not one clean commit; None if it is."""
     commits = code.get("commits", [])
@@ -57,9 +70,7 @@ def main() -> int:
         of_run = path.parent.relative_to(arguments.source)
         target = DESTINATION / of_run.with_name(f"{of_run.name}.json")  # with_suffix would cut lr_0.1 at the dot
         target.parent.mkdir(parents=True, exist_ok=True)
-        written = json.loads(path.read_text(encoding="utf-8"))  # a file keeps the format that it was written in
-        kept = published(written)
-        write_text(target, as_json(result_files.sealed(kept) if "checksum" in kept else kept, indent=1) + "\n")
+        write_text(target, published_text(path.read_text(encoding="utf-8"), result["data"]["source"]))
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
     return int(refused > 0)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from in_process import call, load
 from naming import naming
 from warm_python import python
 
+from increlora.errors import UserError
 from increlora.glue import finished_run, token_cache
 from increlora.linear import IncrementalLinear
 
@@ -249,3 +251,9 @@ def test_wrong_arguments(run_dir, tmp_path, monkeypatch, capsys):
     assert "result.json: no such file" in capsys.readouterr().err
     assert call(script, monkeypatch, run_dir, tmp_path / "in.tsv", "--output", tmp_path / "no" / "out") == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_key_that_comes_twice_is_refused():
+    line = b'{"premise": "a", "premise": "b", "hypothesis": "c"}'
+    with pytest.raises(UserError, match=r"texts, line 1: not JSON \(the key 'premise' comes twice\)"):
+        list(script.json_texts([line], "texts", SimpleNamespace(fields=["premise", "hypothesis"])))
