@@ -14,7 +14,6 @@ from increlora.analysis.tables import Table
 EXPERIMENT = "study_c"
 MARGIN = 0.3  # points: an interval within it says that there is no effect
 SIX, EIGHT = range(47, 53), range(47, 55)
-Arm = tuple[tuple[str, object], ...]  # what tells the runs of an arm from all others
 Values = dict[int, float]  # by seed
 
 

@@ -90,6 +90,8 @@ def train(overrides: Sequence[str], directory: str, folder: str, environment: Ma
         while code == Busy.exit_code and not stopping.is_set():
             while is_held(log.parent) and not stopping.is_set():  # another process has it: until it is done, or gone
                 stopping.wait(AGAIN)
+            if stopping.is_set():  # the log is the other's
+                break
             with log.open("w") as output:
                 child = subprocess.Popen(
                     ending_with_this(command), cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
@@ -195,7 +197,7 @@ class Cluster:
         return HighThroughputExecutor(
             label="runs", provider=provider, address=self.address, max_workers_per_node=self.runs_per_job,
             available_accelerators=accelerators, encrypted=False, heartbeat_period=10, heartbeat_threshold=60,
-interchange_launch_cmd=ending_with_this([sys.executable, str(interchange)]),
+            interchange_launch_cmd=ending_with_this([sys.executable, str(interchange)]),
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from conftest import ROOT
+from damage import damaged
 from finished_runs import SYNTHETIC, finished
 
 from increlora import result_files
@@ -35,12 +36,7 @@ def test_a_flipped_bit_or_a_lost_end_is_refused_or_changes_nothing(run_dir, tmp_
         whole, path = (run_dir / name).read_bytes(), tmp_path / name
         meant = repr(read(run_dir / name))
         for number in range(FLIPS // len(readers)):
-            damaged = bytearray(whole)
-            if number % 4:
-                damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-            else:
-                del damaged[draw.randrange(len(whole)) :]
-            path.write_bytes(damaged)
+            path.write_bytes(damaged(whole, number, draw))
             try:
                 outcome = "the same" if repr(read(path)) == meant else f"another content: byte flips in {name}"
             except UserError:

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from damage import damaged
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -113,11 +114,6 @@ def test_a_damaged_file_gives_no_other_ids(calls):
     (path,) = token_cache.folder().iterdir()
     whole, draw = path.read_bytes(), random.Random(0)
     for number in range(200):
-        damaged = bytearray(whole)
-        if number % 4:
-            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        else:
-            del damaged[draw.randrange(len(whole)) :]
-        path.write_bytes(damaged)
+        path.write_bytes(damaged(whole, number, draw))
         assert encode(calls) == BY_HAND, number
     assert len(calls) > 100  # nearly all damage was seen; the rest is where the zip keeps nothing
