@@ -9,6 +9,7 @@ import fcntl
 import functools
 import os
 import queue
+import shlex
 import shutil
 import signal
 import statistics
@@ -183,6 +184,8 @@ class Cluster:
         class Provider(SlurmProvider):
             status_polling_interval = 20  # seconds; Parsl asks once a minute, and so long an ended job is not replaced
 
+        programs = sysconfig.get_path("scripts")  # of this environment, Parsl's among them
+        setup = [f"export PATH={shlex.quote(programs)}:$PATH", *self.setup]
         # the notice goes to the processes of the job's step, which srun makes
         options = [*self.options, f"#SBATCH --signal=TERM@{self.notice}"]
         provider = Provider(
@@ -190,14 +193,13 @@ class Cluster:
             cores_per_node=self.cpus_per_run and self.cpus_per_run * self.runs_per_job,
             mem_per_node=self.memory_per_job, gpus_per_node=self.gpus_per_job or None, walltime=self.time,
             init_blocks=0, min_blocks=0, max_blocks=self.jobs, exclusive=False, scheduler_options="\n".join(options),
-            worker_init="\n".join(self.setup), launcher=SrunLauncher(), cmd_timeout=60,
+            worker_init="\n".join(setup), launcher=SrunLauncher(), cmd_timeout=60,
         )  # fmt: skip
-        interchange = Path(sysconfig.get_path("scripts"), "interchange.py")  # which Parsl installs
         accelerators = [str(number) for number in range(self.gpus_per_job)]
         return HighThroughputExecutor(
             label="runs", provider=provider, address=self.address, max_workers_per_node=self.runs_per_job,
             available_accelerators=accelerators, encrypted=False, heartbeat_period=10, heartbeat_threshold=60,
-            interchange_launch_cmd=ending_with_this([sys.executable, str(interchange)]),
+            interchange_launch_cmd=ending_with_this([sys.executable, str(Path(programs, "interchange.py"))]),
         )  # fmt: skip
 
 
@@ -325,7 +327,7 @@ class Sweep:
                 run.error = str(error)
             told = run.future.exception() if run.future and run.future.done() else None
             if told and not run.log.exists() and run.tries:
-                run.error = first_line(told)
+                run.error = first_line(cause(told))
             run.state = "finished" if run.result else "failed"
             if stopping.is_set() and not run.result:
                 run.state = "stopped" if run.tries else "not begun"
@@ -391,6 +393,13 @@ class Sweep:
             if run.state == "failed":
                 lines += [f"failed: {run.name}", *(f"    {line}" for line in last_lines(run))]
         return "\n".join(lines)
+
+
+def cause(error: BaseException) -> Exception:
+    """What stopped a run, out of what Parsl wrapped around it."""
+    while inner := getattr(error, "dependent_exceptions_tids", None):
+        error = inner[0][0]
+    return error if isinstance(error, Exception) else Exception(str(error))
 
 
 def progress(directory: Path) -> float | None:
