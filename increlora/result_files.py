@@ -6,6 +6,7 @@ The benchmark writes and reads them, the analysis reads nothing else; so this mo
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,25 +142,45 @@ def refuse_unfinished(run_dir: Path) -> None:
         raise UserError(f"{run_dir}: the run is not finished; the command that started it continues it")
 
 
-def load_runs(root: Path, passed_over: list[str] | None = None) -> list[dict[str, Any]]:
+def load_runs(root: Path, passed_over: list[str] | None = None, without: Collection[str] = ()) -> list[dict[str, Any]]:
     """Every result below a folder, in order of their paths.
 
     Args:
         passed_over: takes a sentence for each file that cannot be used; without it such a file is an error.
+        without: parts that are checked and then dropped; the allocations are half of what thousands of results need.
 
     Raises:
         UserError: a file cannot be used.
     """
     found = []
+    equal: dict[str, Any] = {}
     for path in sorted(root.rglob("*.json")):
         if path.name == FILE_NAME or path.stem.startswith("seed"):
             try:
-                found.append(read(path))
+                result = read(path)
             except UserError as error:
                 if passed_over is None:
                     raise
                 passed_over.append(str(error))
+                continue
+            found.append({part: _shared(part, value, equal) for part, value in result.items() if part not in without})
     return found
+
+
+def _shared(part: str, value: Any, equal: dict[str, Any]) -> Any:
+    """A part of a result; words and settings are in memory once, for thousands of results have the same."""
+    value = _with_shared_words(value)
+    if part == "config":
+        return {key: equal.setdefault(json.dumps(held), held) for key, held in value.items()}
+    return value
+
+
+def _with_shared_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {sys.intern(key): _with_shared_words(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_shared_words(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def last_score(result: Mapping[str, Any], split: str) -> float:

@@ -2,8 +2,7 @@
 
     python scripts/collect.py runs
 
-Only results of one clean commit are taken; `--dirty` takes the others too. Of a data folder with an absolute path only
-the name is kept: where it lay on one machine is of no use to others.
+Only results of one clean commit are taken; `--dirty` takes the others too.
 """
 
 import argparse
@@ -16,28 +15,16 @@ from typing import Any
 from increlora import result_files
 from increlora.errors import UserError
 from increlora.files import as_json, write_text
-from increlora.glue import config
+from increlora.glue import config, results
 
 DESTINATION = Path(__file__).resolve().parent.parent / "results" / "runs"
 
 
-def published(result: dict[str, Any]) -> dict[str, Any]:
-    """The result without what only one machine knows."""
-    source = Path(result["data"]["source"])
-    return result | {"data": result["data"] | {"source": source.name if source.is_absolute() else str(source)}}
-
-
-def published_text(text: str, source: str) -> str:
-    """The same of the text of a result file, which keeps its format; `source` is that of its data."""
-    if not Path(source).is_absolute():
-        return text
-    written = json.loads(text)
-    kept = published(written)
-    kept = result_files.sealed(kept) if "checksum" in kept else kept
-    # writing JSON with indents takes most of the time, and there are two places to change
-    changed = text.replace(json.dumps(written["data"]["source"]), json.dumps(kept["data"]["source"]))
-    changed = changed.replace(str(written.get("checksum")), str(kept.get("checksum")))
-    return changed if json.loads(changed) == kept else as_json(kept, indent=1) + "\n"
+def published(text: str) -> str:
+    """The text of a result file without what only one machine knows (`results.place`), which earlier versions wrote."""
+    result = json.loads(text)
+    kept = result | {"data": result["data"] | {"source": results.place(result["data"]["source"])}}
+    return as_json(result_files.sealed(kept) if "checksum" in kept else kept, indent=1) + "\n"
 
 
 def unclean(code: Mapping[str, Any]) -> str | None:
@@ -70,7 +57,8 @@ def main() -> int:
         of_run = path.parent.relative_to(arguments.source)
         target = DESTINATION / of_run.with_name(f"{of_run.name}.json")  # with_suffix would cut lr_0.1 at the dot
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, published_text(path.read_text(encoding="utf-8"), result["data"]["source"]))
+        text, source = path.read_text(encoding="utf-8"), result["data"]["source"]
+        write_text(target, text if results.place(source) == source else published(text))
         taken += 1
     print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
     return int(refused > 0)

@@ -72,7 +72,7 @@ def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
     Args:
         passed_over: as in `result_files.load_runs`.
     """
-    runs = result_files.load_runs(ROOT / "results" / "runs", passed_over)
+    runs = result_files.load_runs(ROOT / "results" / "runs", passed_over, without=("allocations",))
     pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
     content = {
         "every_method_once": runs_table(selection.of_experiment(runs, "minilm_comparison")) + "\n",

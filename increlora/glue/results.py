@@ -51,7 +51,7 @@ def build(
         "inputs": dict(inputs),
         "weights": dict(weights),
         "data": {
-            "source": data.source,
+            "source": place(data.source),
             "sizes": data.sizes,
             "fingerprint": data.fingerprint,
             "truncated": data.truncated,
@@ -66,6 +66,11 @@ def build(
         "cost": outcome.cost,
         "skipped_steps": outcome.skipped_steps,
     }
+
+
+def place(source: str) -> str:
+    """Where data came from, without what only one machine knows: of a folder with an absolute path the name."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _score(evaluation: "Evaluation", primary: str) -> dict[str, Any]:

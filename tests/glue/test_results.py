@@ -56,6 +56,8 @@ def test_what_is_written_is_read_back_whole(tmp_path):
     assert result_files.read(path) == json.loads(json.dumps(result))
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]  # no temporary file stays
     assert [run["status"] for run in result_files.load_runs(tmp_path)] == ["finished"]
+    del result["allocations"]
+    assert result_files.load_runs(tmp_path, without=("allocations",)) == [json.loads(json.dumps(result))]
 
 
 def test_a_failed_write_leaves_the_old_result(tmp_path):

@@ -7,6 +7,7 @@ from finished_runs import SYNTHETIC, finished
 from in_process import call, load
 
 from increlora import result_files
+from increlora.glue import results
 
 script = load(ROOT / "scripts" / "collect.py")
 
@@ -46,6 +47,7 @@ def test_names_with_a_dot_stay_two_files(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "results" / "runs").iterdir()) == ["lr_0.1.json", "lr_0.2.json"]
 
 
-def test_a_hub_and_a_relative_folder_are_named_as_they_are():
+def test_of_an_absolute_folder_the_name_is_kept():
     for source in ("nyu-mll/glue@bcdcba79", "../shared/glue", "synthetic"):
-        assert script.published({"data": {"source": source}}) == {"data": {"source": source}}
+        assert results.place(source) == source
+    assert results.place("/home/me/glue") == results.place("/home/me/glue/") == "glue"
