@@ -30,6 +30,7 @@ SETTINGS = (
     "alpha", "dropout", "beta1", "beta2", "orth_weight", "advance_learning", "reserve_lambda", "restart_warmup",
     "score_reduction", "last_use_only", "rank_epsilon", "new_groups_at_peak", "seed",
 )  # fmt: skip
+TAKEN = 3  # steps of the optimizer that must change what they train; the rate of the first one may be 0
 FORGOTTEN = 1e-4  # weight in the moving averages below which the past is left out
 
 
@@ -151,6 +152,7 @@ class IncreLoRA(Method):
         for name in shapes:
             self.bank.add_active(name, ranks[name], START, self._stream(name))
         self.bank.release(START)
+        self._note_birth(START, step=-1)
         self.importance = ImportanceScore(list(shapes), self.beta1, self.beta2)
         self.watchers: list[DeltaGradient] = []
         self.penalties = 0  # gradients of the penalty that have arrived in the step under way
@@ -298,6 +300,8 @@ class IncreLoRA(Method):
             S = torch.stack([watcher.finish() for watcher in self.watchers])
             self.importance.update(S / self.loss_scale)
             self.watchers = []
+        if self.allocator.due(step, self.total_rank):
+            self._check_training(step)
         self.allocate(step)
 
     def after_step(self, step: int) -> None:
@@ -309,6 +313,35 @@ class IncreLoRA(Method):
             raise UserError(
                 f"the gradient of the penalty arrived {self.penalties} times in this step: add method.extra_loss() to "
                 "the loss of exactly one backward pass between begin_step and before_step"
+            )
+        if self.penalties and all(parameter.grad is None for parameter in self.bank.parameters()):
+            raise UserError(
+                "there are no gradients, though the penalty's arrived in this step: call optimizer.zero_grad() only "
+                "after method.after_step()"
+            )
+
+    def _note_birth(self, group: int, step: int) -> None:
+        """Keep the lambdas of a group that trains after this step, as they are now."""
+        lambdas = self.bank.all_groups[group].lambda_
+        self.youngest: tuple[int, nn.Parameter, Tensor] | None = None
+        if lambdas is not None:
+            self.youngest = step, lambdas, lambdas.detach().clone()
+
+    def _check_training(self, step: int) -> None:
+        """At a growth: the optimizer has changed what began to train last, to numbers; read from the device."""
+        if self.youngest is None or step - self.youngest[0] <= TAKEN or not any(self.scores().values()):
+            return  # where all scores are 0, `deciding_scores` says why
+        born, lambdas, before = self.youngest
+        if not lambdas.isfinite().all():
+            raise UserError(
+                f"the growth at step {step}: components are no numbers any more. Leave out steps whose gradients are "
+                "not finite: no before_step and no optimizer.step(), and begin_step of the same step again"
+            )
+        if torch.equal(lambdas.detach(), before.to(lambdas.device)):
+            what = "the components" if born < 0 else f"the components of the growth at step {born}"
+            raise UserError(
+                f"the growth at step {step}: {what} have not changed since they began to train. Call optimizer.step() "
+                "in every step, with learning rates above 0, and make the optimizer over method.param_groups(model)"
             )
 
     def _check_watchers(self) -> None:
@@ -343,6 +376,7 @@ class IncreLoRA(Method):
             self._activate(name, rank, group)
         self.bank.release(group)
         self.allocations.append(Allocation(step, gains, scores))
+        self._note_birth(group, step)
         if self.allocator.spent(self.total_rank):
             self.bank.silence_reserves()
 
@@ -450,6 +484,7 @@ class IncreLoRA(Method):
         self.importance.load_state_dict(state["importance"])
         self.bank.load_structure(state["structure"])
         self.watchers = []
+        self.youngest = None
         self.order.loaded()
 
     def settings(self) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def parameter_groups(method: Method, model: nn.Module, weight_decay: float) -> l
 def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module, born: int = 0) -> None:
     """Complete the groups of an optimizer: names, `born`, peak rate; and add the groups of parameters that train later.
 
-    An added group takes the options of the first group that decays.
+    Parameters that train later and stand among others, as in `AdamW(model.parameters())`, move to groups of their own,
+    so that these have their restart warmup. An added group takes the options of the first group that decays.
 
     Args:
         born: the step from which the parameters of groups without `born` train.
@@ -38,7 +39,10 @@ def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module, bo
     """
     check(optimizer, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    later = {id(parameter) for parameter in method.later_parameters()}
     for group in optimizer.param_groups:
+        if "born" not in group:
+            _take_out(group, later)
         group.setdefault("param_names", [names[id(parameter)] for parameter in group["params"]])
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("born", born)
@@ -50,6 +54,13 @@ def adopt(optimizer: torch.optim.Optimizer, method: Method, model: nn.Module, bo
     for group in method.param_groups(model):
         if not any(id(parameter) in held for _, parameter in group["params"]):
             optimizer.add_param_group({**options, **group})
+
+
+def _take_out(group: dict[str, Any], later: set[int]) -> None:
+    kept = [number for number, parameter in enumerate(group["params"]) if id(parameter) not in later]
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [group[key][number] for number in kept]
 
 
 def check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

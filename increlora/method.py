@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from increlora import base_weights, surgery
@@ -201,6 +202,8 @@ class Method:
 
         The model's own weights are noted here, so that what leaves the library later can be compared with them.
         """
+        if torch.is_inference_mode_enabled():
+            raise UserError("prepare: tensors that are made under torch.inference_mode cannot train; call it outside")
         surgery.refuse_what_holds_more_than_the_model(model)
         if not isinstance(self.kinds, Mapping):
             raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
@@ -228,6 +231,16 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def named(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
-    """The given parameters with their names in `model`, in model order."""
+    """The given parameters with their names in `model`, in model order.
+
+    Raises:
+        UserError: the model lacks some of them.
+    """
     wanted = {id(parameter) for parameter in parameters}
-    return [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
+    found = [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
+    if len(found) < len(wanted):
+        raise UserError(
+            f"the model lacks {len(wanted) - len(found)} of {len(wanted)} parameters of the method: give the model "
+            "that method.prepare was given, not a copy or a part of it"
+        )
+    return found

@@ -335,7 +335,7 @@ def quoted(value: Any) -> str:
 
 
 def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
-    """The result of a run that finished before, in its own directory or among the known ones.
+    """What a sweep needs of the result of a run that finished before, in its own directory or among the known ones.
 
     Raises:
         UserError: in its directory lies something else, or the result of another run.
@@ -344,8 +344,10 @@ def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
         return None
     configuration, inputs = resolved(run.overrides)
     result = results.stored(run.directory, configuration, inputs)
-    if result is not None or known is None:
-        return result
+    if result is not None:
+        return {part: result[part] for part in ("status", "scores", "curve", "cost")}  # there may be ten thousand
+    if known is None:
+        return None
     names = {key: configuration[key]["name"] for key in config.GROUPS} | {"seed": configuration["seed"]}
     for found in known_results(known).get(tuple(names[key] for key in identity.KEYS), []):
         same = not identity.differences(found["config"], configuration)
@@ -358,6 +360,6 @@ def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:
 def known_results(folder: Path) -> dict[tuple, list[dict[str, Any]]]:
     """The results below a folder by what they are: it does not matter where they lie."""
     found: dict[tuple, list[dict[str, Any]]] = {}
-    for result in result_files.load_runs(folder):
+    for result in result_files.load_runs(folder, without=("allocations", "ranks", "parameters")):
         found.setdefault(tuple(result["run"][key] for key in identity.KEYS), []).append(result)
     return found

@@ -1,8 +1,8 @@
 """A method in any training code: learning rates, later groups, several processes, complete checkpoints."""
 
-import ctypes
-import io
 import sys
+import traceback
+import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from increlora import distributed, groups, surgery
 from increlora.components import STATE
 from increlora.errors import UserError
+from increlora.integrations.packed import pack, unpack
 from increlora.integrations.penalty import Penalty
 from increlora.method import Method
 
@@ -86,6 +87,8 @@ class Growth:
         self.averages = False  # at the end of the backward under way
         self.loaded: set[str] = set()  # since the last step: the model's state, the optimizer's
         self.held = 0  # parameters in the optimizer when it was last checked
+        self.frozen: list[nn.Parameter] = []  # of the model, when the optimizer was last checked
+        self.compared = False  # with the other processes
         self.rates: list[Any] | None = None  # that were written into the groups
         # by id of the parameter: its gradient in the last step, its version; None: not known
         self.left: dict[int, tuple[Any, int]] | None = None
@@ -95,6 +98,8 @@ class Growth:
         if self.bank is not None:
             self.bank.restored = True
         groups.adopt(optimizer, method, model)
+        if not any(group["initial_lr"] for group in optimizer.param_groups):
+            raise UserError("every learning rate of the optimizer is 0: give it the peak rates, which Growth scales")
         self._check_schedule()
         # DistributedDataParallel ignores what begins to train later, also if it wraps a model that has grown
         self.later = method.later_parameters()
@@ -144,6 +149,9 @@ class Growth:
                 "other one too, from the same checkpoint"
             )
         self.loaded.clear()
+        if not torch.is_grad_enabled():
+            raise UserError("growth.begin_step(): gradients are switched off (torch.no_grad, set_grad_enabled(False))")
+        self._compare_processes()
         self._check_optimizer()
         groups.set_learning_rates(self.optimizer, self.step, self.total_steps, self.warmup_steps)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -232,6 +240,7 @@ class Growth:
                 "optimizer.step(closure): ranks grow from the gradients before it; call it without a closure"
             )
         if self.phase == READY:
+            self._check_scaler()
             if self.finite and all(parameter.grad is None for parameter in self._parameters()):
                 raise UserError(
                     "optimizer.step(): there are no gradients, though growth.before_step() saw some: call "
@@ -248,6 +257,21 @@ class Growth:
             f"optimizer.step(): {what}; nothing would grow. In the Trainer: Trainer(..., callbacks=[callback], "
             "optimizers=callback.optimizers)."
         )
+
+    def _check_scaler(self) -> None:
+        """The optimizer's step under way is one of a GradScaler if `begin_step` was given one, and only then."""
+        calls = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code is torch.amp.GradScaler.step.__code__)
+        scales = any(frame.f_locals["self"].is_enabled() for frame in calls)
+        if scales and not self.scaled:
+            raise UserError(
+                "scaler.step(optimizer): growth.begin_step() was not given the scaler, so the penalty was not scaled: "
+                "growth.begin_step(micro_batches, scaler)"
+            )
+        if self.scaled and not scales:
+            raise UserError(
+                "optimizer.step(): growth.begin_step() was given a scaler, so the penalty was scaled: call "
+                "scaler.scale(loss).backward(), scaler.unscale_(optimizer) and scaler.step(optimizer)"
+            )
 
     def _count_skipped(self) -> None:
         self.skipped_in_a_row = 0 if self.finite else self.skipped_in_a_row + 1
@@ -331,6 +355,30 @@ class Growth:
         if held != self.held:
             self._take_up_groups()
             self.held = held
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
+        """What was frozen is frozen, and what the method trains from the start is not."""
+        thawed = sum(parameter.requires_grad for parameter in self.frozen)
+        if thawed:
+            raise UserError(
+                f"{thawed} parameters that were frozen train now, and the optimizer does not hold them: freeze them "
+                "again one by one (model.requires_grad_ changes all), or add them to the optimizer"
+            )
+        if self.bank is not None and not all(p.requires_grad for p in self.bank.all_groups[0].parameters()):
+            raise UserError("the method's components were frozen after method.prepare; they must train: thaw them")
+
+    def _compare_processes(self) -> None:
+        """Once: every process has the same settings, for each makes the parameters of later growths by itself."""
+        if self.compared or distributed.processes() == 1:
+            return
+        mine = self._settings() | getattr(self.method, "settings", dict)()
+        for number, theirs in enumerate(distributed.gather(mine)):
+            changed = [f"{name} {theirs.get(name)} there, {mine[name]} here" for name in mine
+                       if theirs.get(name) != mine[name]]  # fmt: skip
+            if changed:
+                raise UserError(f"process {number} has other settings: {'; '.join(changed[:5])}. Give all the same.")
+        self.compared = True
 
     def _refuse_gradients(self) -> None:
         """Before a step: no gradient is there, but for those of the last step that were set to zero."""
@@ -361,6 +409,8 @@ class Growth:
         groups.adopt(self.optimizer, self.method, self.model, self.step)
         trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         surgery.refuse_half_precision(trained)
+        held = {id(parameter) for parameter in self._parameters()}
+        self.frozen = [p for p in self.model.parameters() if not p.requires_grad and id(p) not in held]
 
     # several processes
 
@@ -381,7 +431,7 @@ class Growth:
         packed = state_dict.pop(prefix + STATE, None)
         if packed is None:
             return
-        state = _unpack(packed)
+        state = unpack(packed)
         if state["matrices"] != list(self.method.ranks()):
             raise UserError(
                 f"the checkpoint is of another model or method: it adapts {len(state['matrices'])} matrices, "
@@ -416,6 +466,12 @@ class Growth:
         """Give the optimizer the saved groups, by parameter name; their options and states follow."""
         if state_dict["state"]:  # accelerate prepares a fresh optimizer by loading its own empty state
             self.loaded.add("optimizer")
+        mine, theirs = optimizer.param_groups[0]["initial_lr"], state_dict["param_groups"][0].get("initial_lr")
+        if theirs is not None and differ(mine, theirs):
+            warnings.warn(
+                f"the loaded optimizer has the learning rate {theirs}, this one was made with {mine}: {theirs} is used",
+                stacklevel=2,
+            )
         groups.rebuild(optimizer, self.model, [group.get("param_names", [""]) for group in state_dict["param_groups"]])
         own = {id(parameter) for group in self.method.param_groups(self.model) for _, parameter in group["params"]}
         for number, parameter in enumerate(self._parameters()):
@@ -475,17 +531,4 @@ def _store(growth: Growth, module: nn.Module, state_dict: dict[str, Any], prefix
         "settings": growth._settings(),
         "method": growth.method.state_dict(),
     }
-    state_dict[prefix + STATE] = _pack(state)
-
-
-def _pack(state: dict[str, Any]) -> Tensor:
-    """Plain values and tensors as one vector of bytes, so that any format for weights can hold them."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _unpack(packed: Tensor) -> dict[str, Any]:
-    packed = packed.cpu().contiguous()
-    content = ctypes.string_at(packed.data_ptr(), packed.numel())  # torch gives bytes only by way of numpy
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    state_dict[prefix + STATE] = pack(state)

@@ -20,6 +20,10 @@ from increlora.groups import parameter_groups
 from increlora.integrations.growth import Growth
 from increlora.method import Method
 
+READ = (  # of the arguments, when the callback is made
+    "learning_rate", "weight_decay", "warmup_steps", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "lr_scheduler_type", "lr_scheduler_kwargs",
+)  # fmt: skip
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -45,8 +49,8 @@ class IncreLoRACallback(TrainerCallback):
 
     Raises:
         UserError: `args` asks for another schedule. When training begins: the Trainer takes another number of steps,
-            begins at another step than the model stands at, trains another model, was not given
-            `callback.optimizers`, or shards the model.
+            begins at another step than the model stands at, trains another model or with other arguments, was not
+            given `callback.optimizers`, or shards the model.
     """
 
     def __init__(self, method: Method, model: PreTrainedModel, args: TrainingArguments, total_steps: int | None = None):
@@ -60,6 +64,7 @@ class IncreLoRACallback(TrainerCallback):
         total_steps = args.max_steps if total_steps is None else total_steps
         self.growth = Growth(method, model, optimizer, total_steps, args.get_warmup_steps(total_steps))
         self.optimizers = optimizer, GroupsDecide(optimizer)
+        self.made_with = {name: getattr(args, name) for name in READ}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -72,6 +77,13 @@ class IncreLoRACallback(TrainerCallback):
             )
         if optimizer.optimizer is not growth.optimizer:
             raise UserError("give the Trainer the callback's optimizer: Trainer(..., optimizers=callback.optimizers)")
+        changed = [f"{name} {value}, now {getattr(args, name)}" for name, value in self.made_with.items()
+                   if getattr(args, name) != value]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"the Trainer's arguments are not those that the callback was made with: {'; '.join(changed)}. Give "
+                "both the same `args`, and change nothing in them afterwards"
+            )
         if parts["model"] is not growth.model:
             raise UserError("the Trainer trains another model than the callback was given: give both the same object")
         if state.max_steps != growth.total_steps:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from increlora import distributed
 from increlora.errors import UserError
 
 
@@ -56,11 +57,21 @@ class Penalty:
         """
         penalised = len(self.before)
         lost = self.cleared or any(parameter.grad is None for parameter in self.watched)
+        # with several processes DistributedDataParallel may put views of its buckets in their place
+        replaced = distributed.processes() == 1 and any(
+            id(parameter) in self.before and parameter.grad is not self.before[id(parameter)][0]
+            for parameter in self.watched
+        )
         self.before = {}
         if lost:
             raise UserError(
                 "gradients were cleared between growth.begin_step() and growth.before_step(), and the penalty's with "
                 "them: call optimizer.zero_grad() only after growth.after_step()"
+            )
+        if replaced:
+            raise UserError(
+                "gradients were replaced by other tensors between growth.begin_step() and growth.before_step(), and "
+                "the penalty's with them: add to them or scale them in place (p.grad.add_(g), p.grad.mul_(x))"
             )
         if not self.arrivals and gradients <= penalised:
             raise UserError(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from increlora import Growth, IncreLoRA, IncreLoRACallback, UserError, save_peft_adapter
+from increlora import Growth, IncreLoRA, IncreLoRACallback, UserError, distributed, save_peft_adapter
 from increlora.linear import IncrementalLinear
 
 STEPS, WARMUP = 30, 4
@@ -183,6 +183,7 @@ BARE = {  # of the bare interface: calls with their step -> what is said at the 
     ),
     "another step in one call": (["begin_step 0", "both", "before_step 1"], "step 0 is under way"),
     "after_step alone": (["begin_step 0", "both", "after_step 0"], "before_step(0) was not called"),
+    "zero_grad before before_step": (["begin_step 0", "both", "cleared", "before_step 0"], "there are no gradients"),
     "merge and train on": (["merge", "begin_step 0"], "prepare a fresh model"),
     "merge twice": (["merge", "merge"], "a second merge would add it twice"),
 }  # fmt: skip
@@ -196,6 +197,7 @@ def test_every_wrong_order_of_the_methods_own_calls_is_refused(bert):
             "loss": lambda model=model: loss_of(model).backward(),
             "both": lambda model=model, method=method: (loss_of(model) + method.extra_loss()).backward(),
             "merge": lambda model=model, method=method: method.merge(model),
+            "cleared": model.zero_grad,
         }
 
         def call(name, known=known, method=method):
@@ -210,6 +212,31 @@ def test_every_wrong_order_of_the_methods_own_calls_is_refused(bert):
             refused(said, call, names[-1])
 
 
+def loop_by_hand(model, method, optimizer, steps=STEPS, overflow=None, takes_steps=True):
+    """The bare interface, without a look at the gradients."""
+    for step in range(steps):
+        method.begin_step(step)
+        ((loss_of(model, step) + method.extra_loss()) * (float("inf") if step == overflow else 1.0)).backward()
+        method.before_step(step)
+        if takes_steps:
+            optimizer.step()
+        method.after_step(step)
+        optimizer.zero_grad()
+
+
+def test_a_loop_by_hand_in_which_nothing_trains_or_no_score_is_a_number_ends_at_the_next_growth(bert):
+    def prepared():
+        model, method = copy.deepcopy(bert), made()
+        method.prepare(model, STEPS)
+        return model, method, optimizer_of(method, model)
+
+    refused("growth at step 8: the components have not changed", loop_by_hand, *prepared(), takes_steps=False)
+    model, method, _ = prepared()
+    of_the_start = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    refused("step 12: the components of the growth at step 8 have not", loop_by_hand, model, method, of_the_start)
+    refused("step 8: components are no numbers any more", loop_by_hand, *prepared(), overflow=6)
+
+
 def test_a_method_that_was_never_or_twice_prepared_says_so(bert):
     method = made()
     for call in (method.ranks, method.factors, lambda: method.begin_step(0), lambda: method.merge(bert)):
@@ -218,6 +245,9 @@ def test_a_method_that_was_never_or_twice_prepared_says_so(bert):
         _ = method.nothing
     method.prepare(bert, STEPS)
     refused("was prepared on a model already: make another one", method.prepare, bert_of(bert), STEPS)
+    refused("the model lacks", method.param_groups, copy.deepcopy(bert))
+    with torch.inference_mode():
+        refused("cannot train; call it outside", made().prepare, bert_of(bert), STEPS)
 
 
 def test_the_checks_read_nothing_from_the_device(bert, monkeypatch):
@@ -544,6 +574,37 @@ def test_a_group_that_is_added_later_is_taken_up_saved_and_restored(bert):
     refused("holds 1 others", growth.begin_step)
 
 
+def test_an_optimizer_over_all_of_the_models_parameters_gets_the_groups_of_the_method(bert):
+    other = copy.deepcopy(bert)
+    right, method = growing(bert), made()
+    method.prepare(other, STEPS)
+    growth = Growth(method, other, torch.optim.AdamW(other.parameters(), lr=5e-3, weight_decay=0.0), STEPS, WARMUP)
+    for group in right.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for one in (right, growth):
+        take(one)
+    for (name, first), second in zip(bert.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_parameters_that_are_frozen_or_thawed_in_the_middle_are_refused(bert):
+    growth = growing(bert)
+    take(growth, 2)
+    bert.requires_grad_(True)
+    refused("parameters that were frozen train now, and the optimizer does not hold them", growth.begin_step)
+    bert.requires_grad_(False)
+    refused("components were frozen after method.prepare", growth.begin_step)
+    with torch.no_grad():
+        refused("gradients are switched off", growth.begin_step)
+
+
+def test_processes_with_other_settings_are_refused(bert, monkeypatch):
+    growth = growing(bert, seed=1)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value | {"seed": 2}])
+    refused("process 1 has other settings: seed 2 there, 1 here", growth.begin_step)
+
+
 # the Trainer
 
 
@@ -581,6 +642,12 @@ def test_a_trainer_without_its_callback_with_another_schedule_or_saved_unmerged_
     refused("the model stands at 30", made_.train)
 
 
+def test_a_trainer_with_other_arguments_than_the_callbacks_is_refused(bert, tmp_path):
+    made_, _ = trainer_of(bert, tmp_path)
+    made_.args.learning_rate, made_.args.warmup_steps = 1e-4, 9
+    refused("learning_rate 0.005, now 0.0001; warmup_steps 4, now 9", made_.train)
+
+
 def test_what_leaves_before_its_end_is_warned_of(bert, tmp_path):
     method = made()
     method.prepare(bert, STEPS)
@@ -605,6 +672,8 @@ def test_a_schedule_that_is_not_the_methods_is_refused(bert):
     for warmup in (0.06, -1, STEPS):
         refused("`warmup_steps` must be a whole number of steps", Growth, method, bert, optimizer, STEPS, warmup)
     refused("LBFGS computes gradients by itself", Growth, method, bert, torch.optim.LBFGS(bert.parameters()), STEPS, 4)
+    still = torch.optim.AdamW(method.param_groups(bert), lr=0.0)
+    refused("every learning rate of the optimizer is 0", Growth, method, bert, still, STEPS, WARMUP)
     bert.requires_grad_(False)
     refused("no parameter of the model trains", Growth, method, bert, optimizer, STEPS, WARMUP)
 
@@ -633,3 +702,40 @@ def test_gradients_that_are_not_those_of_the_step_are_refused(bert):
     refused("call it without a closure", optimizer.step, lambda: None)
     optimizer.zero_grad()
     refused("there are no gradients, though growth.before_step() saw some", optimizer.step)
+
+
+def test_gradients_that_take_the_place_of_the_penaltys_are_refused(bert):
+    growth = growing(bert)
+    trained = [p for p in bert.parameters() if p.requires_grad]
+    growth.begin_step()
+    for p, gradient in zip(trained, torch.autograd.grad(loss_of(bert), trained, allow_unused=True), strict=True):
+        p.grad = gradient
+    refused("gradients were replaced by other tensors", growth.before_step)
+
+
+def test_a_loss_scale_that_the_penalty_does_not_have_is_refused(bert):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def until_the_step(told):
+        growth = growing(copy.deepcopy(bert))
+        growth.begin_step(1, scaler if told else None)
+        scaler.scale(loss_of(growth.model)).backward()
+        scaler.unscale_(growth.optimizer)
+        growth.before_step()
+        return growth.optimizer
+
+    refused("growth.begin_step() was not given the scaler", scaler.step, until_the_step(told=False))
+    refused("growth.begin_step() was given a scaler", until_the_step(told=True).step)
+    scaler.step(until_the_step(told=True))
+
+
+def test_a_state_that_was_averaged_or_cast_with_its_weights_is_refused_and_another_rate_is_said(bert):
+    growth = growing(copy.deepcopy(bert))
+    take(growth, 9)
+    state, other = growth.model.state_dict(), growing(copy.deepcopy(bert))
+    for odd in (state["increlora_state"].half(), state["increlora_state"] // 2):
+        refused("was changed with the weights", other.model.load_state_dict, state | {"increlora_state": odd})
+    for group in other.optimizer.param_groups:
+        group["initial_lr"] = 1e-4
+    with pytest.warns(UserWarning, match="has the learning rate 0.005, this one was made with 0.0001: 0.005 is used"):
+        other.optimizer.load_state_dict(growth.optimizer.state_dict())

@@ -1,7 +1,5 @@
 """What an adapter is beside its layers: the method, the step at which it stands, and both as tensors."""
 
-import ctypes
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from increlora.algorithm import START, IncreLoRA
+from increlora.components import STATE
+from increlora.integrations.packed import pack, unpack
 from increlora.integrations.peft.config import IncreLoraConfig, Refused, in_words_of_peft
 
 FACTORS = ("increlora_A", "increlora_B", "increlora_E")  # of a matrix: (r, in), (out, r), and the lambdas
-STATE = "increlora_state"
 SPREAD = 0.5  # of the rows of an update that is not zero from the start
 
 
@@ -122,7 +121,7 @@ class Adapter:
 
     def state(self) -> Tensor:
         """Structure, averages and step of an adapter whose growth is planned, as a vector of bytes."""
-        return _pack(
+        return pack(
             {
                 "step": self.step,
                 "skipped": self.skipped,
@@ -210,19 +209,6 @@ class Adapter:
                     rows[f"groups.{c.lambda_group}.lambda_"][c.lambda_row :][: c.rank] = E[at:][: c.rank]
                 at += c.rank
         return rows
-
-
-def _pack(state: dict[str, Any]) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def unpack(packed: Tensor) -> dict[str, Any]:
-    """The state that an adapter that grows is saved with."""
-    packed = packed.cpu().contiguous()
-    content = ctypes.string_at(packed.data_ptr(), packed.numel())
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def modules_with_three_dimensions(model: nn.Module) -> list[str]:

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from increlora.bank import Bank
+from increlora.components import STATE
 from increlora.errors import UserError
-from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, unpack
+from increlora.integrations.packed import unpack
+from increlora.integrations.peft.adapter import FACTORS, Adapter
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import AdapterUpdate
 from increlora.integrations.peft.model import OWN

@@ -15,7 +15,9 @@ from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from increlora.integrations.peft.adapter import FACTORS, STATE, Adapter, modules_with_three_dimensions, unpack
+from increlora.components import STATE
+from increlora.integrations.packed import unpack
+from increlora.integrations.peft.adapter import FACTORS, Adapter, modules_with_three_dimensions
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import BASE, IncreLoraLayer, Linear
 from increlora.integrations.peft_export import IN_FILE
