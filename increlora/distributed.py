@@ -34,6 +34,11 @@ def start(device: str) -> None:
         )
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
         _number(name, 0)
+    rank, size = _number("RANK", 0), max(_number(name, 1) for name in SIZES)
+    if rank >= size:
+        raise UserError(f"RANK={rank} of {size} processes: they are numbered from 0; start them with torchrun")
+    if _number("MASTER_PORT", 0) > 65535:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is no port; the largest is 65535")
     from accelerate import PartialState
 
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")

@@ -85,6 +85,20 @@ def changed_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
     ]
 
 
+def given_path(key: str, value: Any) -> Path:
+    """A path that a person gave under a key.
+
+    Raises:
+        UserError: it is no text, or in the home of somebody who is not known here.
+    """
+    if not isinstance(value, str | Path):
+        raise UserError(f"{key}={value}: a path must be text; for a folder of that name write {key}=./{value}")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}={value}: {first_line(error)}") from None
+
+
 # JSON
 
 

@@ -207,6 +207,8 @@ class Method:
         surgery.refuse_what_holds_more_than_the_model(model)
         if not isinstance(self.kinds, Mapping):
             raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
+        if self.matrices is not None and not self.matrices:
+            raise UserError("`matrices` names no kind of matrix; null adapts all")
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:

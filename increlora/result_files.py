@@ -52,6 +52,8 @@ def read(path: Path, needed: Collection[str] = tuple(PARTS)) -> dict[str, Any]:
     """
     if not path.exists():
         refuse_unfinished(path.parent)
+    elif not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file, so it is not the result of a run")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -72,9 +74,34 @@ def read(path: Path, needed: Collection[str] = tuple(PARTS)) -> dict[str, Any]:
             "Give a run directory, or a result file as run.py wrote it."
         )
     try:
+        _check_values(result)
         return _upgraded(result)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the result of a run: {first_line(error)}") from None
+
+
+def _check_values(result: Mapping[str, Any]) -> None:
+    """What every reader takes for granted below the parts.
+
+    Raises:
+        AttributeError, KeyError, TypeError: it is missing, or of another type.
+    """
+    for score in result.get("scores", {}).values():
+        if not isinstance(score["step"], int) or not isinstance(score["score"], int | float | None):
+            raise TypeError(f"a score of {score['score']!r} at step {score['step']!r}")
+    for metrics in [
+        *(score["metrics"] for score in result.get("scores", {}).values()),
+        *(point["scores"] for point in result.get("curve", ())),
+    ]:
+        for value in (value for of_split in metrics.values() for value in of_split.values()):
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"a metric of {value!r}")
+    for part in ("inputs", "weights"):
+        if not isinstance(result.get(part, {}), dict):
+            raise TypeError(f"{part} that are no mapping")
+    for name in ("seconds", "steps") if "cost" in result else ():
+        if not isinstance(result["cost"][name], int | float):
+            raise TypeError(f"a cost with {name} {result['cost'][name]!r}")
 
 
 def sealed(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +130,8 @@ def _upgraded(result: dict[str, Any]) -> dict[str, Any]:
         if "data" in result:
             read = {"data": result["data"].get("fingerprint"), **result.get("inputs", {})}
             result["inputs"] = {name: digest for name, digest in read.items() if digest is not None}
+    for score in result.get("scores", {}).values():
+        score["score"] = math.nan if score["score"] is None else score["score"]
     metrics = [score.get("metrics", {}) for score in result.get("scores", {}).values()]
     metrics += [point.get("scores", {}) for point in result.get("curve", [])]
     for of_split in (values for splits in metrics for values in splits.values()):

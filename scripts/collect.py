@@ -55,6 +55,8 @@ def main() -> int:
             print(f"left out, {reason}: {path}", file=sys.stderr)
             continue
         of_run = path.parent.relative_to(arguments.source)
+        if not of_run.name:  # the run itself was given
+            of_run = Path(path.parent.resolve().name)
         target = DESTINATION / of_run.with_name(f"{of_run.name}.json")  # with_suffix would cut lr_0.1 at the dot
         target.parent.mkdir(parents=True, exist_ok=True)
         text, source = path.read_text(encoding="utf-8"), result["data"]["source"]

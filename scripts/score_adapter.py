@@ -8,9 +8,10 @@ computed here in another order of operations than in training, so in bf16 a few 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from increlora.glue import config, finished_run
+from increlora.glue import config, finished_run, identity, results
 from increlora.glue.evaluate import evaluate
 
 
@@ -29,6 +30,8 @@ def main() -> None:
     tokenizer = backbone.tokenizer()
     data = task.load(tokenizer)
     model = PeftModel.from_pretrained(backbone.model(task.num_labels), arguments.folder).to(settings.torch_device)
+    if other := results.changed_inputs(result, identity.inputs(task, backbone)):
+        print(f"not what the adapter was trained with: {results.in_words(other)}", file=sys.stderr)
     scores = evaluate(model, task, data, settings, tokenizer.pad_token_id)
     reported = result["scores"]["best"]["metrics"]
     for split, metrics in scores.items():

@@ -32,7 +32,7 @@ class Table:
 
 def _row(cells: Iterable[str]) -> str:
     """A row of Markdown; what a cell says ends no cell and no row."""
-    lines = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    lines = (" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
     return f"| {' | '.join(lines)} |"
 
 

@@ -1,5 +1,6 @@
 """The pretrained encoder with its freshly drawn classification head, and its tokenizer."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from torch import nn
 
 from increlora.errors import UserError, first_line
 from increlora.glue.digest import require_published, sha256
-from increlora.glue.model_files import CONFIG, WEIGHTS, ModelFiles, quiet, readable
+from increlora.glue.model_files import CONFIG, OPTIONAL, WEIGHTS, ModelFiles, quiet, readable
 from increlora.glue.tokenizing import load_tokenizer, word_tokenizer
 from increlora.streams import derive_seed, stream
 
@@ -116,7 +117,9 @@ class Backbone:
         return _in_fp32(model)
 
     def inputs(self) -> dict[str, str]:
-        """The digest (sha256) of the file that decides what the encoder is, by name: its weights, or its config.json.
+        """Digests (sha256) of the files that decide what the encoder is, by name: its weights, or its config.json.
+
+        Of a folder that the user gave also those of its config.json and its tokenizer.
 
         Nothing where these fields decide alone, and where the weights are still to be fetched from the hub, as they
         never are after `model`.
@@ -132,7 +135,14 @@ class Backbone:
         folder = self.files.present(CONFIG, WEIGHTS)
         if folder is None:
             return {}
-        return {"base": sha256(next(folder / name for (name,) in WEIGHTS if (folder / name).is_file()))}
+        found = {"base": sha256(next(folder / name for (name,) in WEIGHTS if (folder / name).is_file()))}
+        if self.path is None:  # the hub's revision and a package's version say the rest
+            return found
+        names = {name for files in self.tokenizer_files for name in files} | {*OPTIONAL}
+        there = sorted(name for name in names if (folder / name).is_file())
+        words = "".join(f"{name} {sha256(folder / name)}\n" for name in there)
+        described = sha256(folder / CONFIG[0][0])
+        return found | {"architecture": described, "tokenizer": hashlib.sha256(words.encode()).hexdigest()}
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The backbone's tokenizer; one built from the synthetic task's words if it has no files anywhere.

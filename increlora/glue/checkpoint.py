@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from increlora.files import parsed_json, writing
 from increlora.glue.digest import sha256
 from increlora.glue.identity import changed_since
 from increlora.method import Method
-from increlora.result_files import up_to_date
+from increlora.result_files import FILE_NAME, up_to_date
 
 log = logging.getLogger(__name__)
 FORMAT = 3  # 2: components lie in the bank; 3: with a checksum
@@ -129,6 +130,11 @@ def newest(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, []
 
 
+LEFT = re.compile(  # temporary names: of `write`, of `files.replacing`, of safetensors
+    r"\.((best|last|(previous-)?checkpoint)\.safetensors|result\.json|metrics\.jsonl)(\.\d+)?\.tmp|\.tmp\w{6}"
+)
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Reserve a folder for this process until the end of the block, or of the process.
@@ -138,17 +144,36 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_others_files(folder)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Busy(f"another process is running in {folder}; wait for it or choose another run_dir") from None
-        for left in folder.glob(".*tmp*"):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        for left in folder.glob(".*"):  # by a process that was killed while it wrote
+            if LEFT.fullmatch(left.name):
+                left.unlink(missing_ok=True)
         yield
     finally:
         os.close(lock)  # the file stays: if it were deleted, a third process could lock a new file of the same name
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """Return if what lies under our names is ours, and a file.
+
+    Raises:
+        UserError: something else would be overwritten, or waited for.
+    """
+    checkpoint, written = "checkpoint.safetensors", ("metrics.jsonl", "best.safetensors", "last.safetensors")
+    there = [folder / name for name in (*written, checkpoint) if (folder / name).exists()]
+    if odd := [path for path in there if not path.is_file()]:
+        raise UserError(f"{odd[0]} is no regular file; move it away, or give another run_dir")
+    if there and not any((folder / name).exists() for name in (".lock", FILE_NAME, checkpoint)):
+        raise UserError(
+            f"{folder} is no directory of a run, and its {there[0].name} would be overwritten: give another run_dir, "
+            "or move the file away"
+        )
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -265,8 +290,11 @@ def load_model_state(model: nn.Module, method: Method, state: Mapping[str, Any])
     method.load_state_dict(state["method"])
     current = model.state_dict(keep_vars=True)
     misfits = [n for n, t in state["weights"].items() if n not in current or current[n].shape != t.shape]
+    misfits += [name for name in method.trained_state(model) if name not in state["weights"]]
     if misfits:
-        raise UserError(f"the checkpoint is of another model: {len(misfits)} tensors do not fit, e.g. {misfits[0]}")
+        raise UserError(
+            f"the checkpoint is of another model: {len(misfits)} tensors do not fit or are absent, e.g. {misfits[0]}"
+        )
     with torch.no_grad():
         for name, tensor in state["weights"].items():
             current[name].copy_(tensor)

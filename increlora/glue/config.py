@@ -4,6 +4,7 @@ In the library only `finished_run` uses this module; otherwise `run.py` and the 
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import re
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from increlora.errors import Interrupted, UserError
-from increlora.files import shown
+from increlora.files import given_path, shown
 from increlora.glue.identity import CLASS, KEYS, NEUTRAL, counts
 from increlora.glue.identity import inputs as inputs_of
 
@@ -67,6 +69,8 @@ def recorded(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
     asked = [override for override in overrides if _key(override) == "recipe" and not override.startswith("~")]
     if asked and "recipe" not in choices:
         raise UserError(f"'{asked[-1]}' is not the name of one recipe, e.g. recipe=increlora/r2/rte")
+    if not isinstance(cfg.get("overwrite", False), bool):
+        raise UserError(f"overwrite={cfg.overwrite} must be true or false; true deletes the result that is there")
     recipe = choices.get("recipe") or None
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     if recipe and not any((folder / "recipe" / f"{recipe}.yaml").is_file() for folder in folders):
@@ -131,9 +135,9 @@ def identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def counted_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides that make a run another one, beside the keys that name it."""
-    keys = {"recipe=null" if o == "~recipe" else o: _key(o) for o in spelled(overrides)}  # no ~ in a folder's name
-    return sorted(o for o, key in keys.items() if key not in KEYS and counts(key))
+    """The overrides that make a run another one, beside the keys that name it; of one key the last, which decides."""
+    last = {_key(o): "recipe=null" if o == "~recipe" else o for o in spelled(overrides)}  # no ~ in a folder's name
+    return sorted(o for key, o in last.items() if key not in KEYS and counts(key))
 
 
 def inputs(cfg: DictConfig) -> dict[str, str]:
@@ -169,7 +173,7 @@ def read_study(name: str) -> dict[str, Any]:
 def run_directory(cfg: DictConfig, run: Mapping[str, Any]) -> Path:
     """`run_dir`, or else the directory named by what the run is."""
     if cfg.run_dir:
-        return Path(cfg.run_dir).expanduser()
+        return given_path("run_dir", cfg.run_dir)
     return directory_of(run)
 
 
@@ -292,9 +296,12 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
             print("error:", "\n".join(shown(line, 2000) for line in str(error).splitlines()), file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:
-            if WANTS_TRACEBACK or error.filename is None:
+            if WANTS_TRACEBACK or (error.filename is None and error.errno not in OF_OUTPUT):
                 raise
-            print(f"error: cannot use {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            what = "the standard output" if error.filename is None else shown(str(error.filename))
+            print(f"error: cannot use {what}: {error.strerror}", file=sys.stderr)
+            if error.filename is None:  # what is still in it would raise again at the interpreter's end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(UserError.exit_code)
         except KeyboardInterrupt:  # before or after training, where there is nothing to keep
             sys.exit(128 + signal.SIGINT)
@@ -304,6 +311,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+OF_OUTPUT = (errno.ENOSPC, errno.EBADF, errno.EIO)
 FAILED: list[str] = []  # the jobs of this multirun that could not be done
 
 
@@ -319,6 +327,11 @@ def of_a_multirun(hydra: HydraConf) -> Iterator[None]:
             raise
         FAILED.append(f"{hydra.job.num} ({' '.join(hydra.overrides.task)})")
         print(f"error in job {FAILED[-1]}: {error}", file=sys.stderr)
+    except Exception:  # a fault of ours, or of a library: it must not take the other jobs along
+        if hydra.mode != RunMode.MULTIRUN:
+            raise
+        FAILED.append(f"{hydra.job.num} ({' '.join(hydra.overrides.task)})")
+        print(f"error in job {FAILED[-1]}:\n{traceback.format_exc()}", file=sys.stderr)
 
 
 def failed_jobs() -> int:

@@ -67,6 +67,11 @@ class Trained:
             batch = collate(split, indices, self.tokenizer.pad_token_id)
             del batch["labels"]
             rows[indices] = self._forward(batch).float().cpu()
+        if not rows.isfinite().all():
+            raise UserError(
+                f"the model's outputs are no numbers, so they say nothing (the run {self.result['status']}, checkpoint "
+                f"{self.checkpoint}); use another checkpoint or another run"
+            )
         return rows
 
     def stream(self, texts: Iterable[tuple[str, ...]], batch_size: int = 64) -> Iterator[Tensor]:
@@ -137,7 +142,7 @@ def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfi
         key, _, value = override.lstrip("+").partition("=")
         if key not in OVERRIDES:
             raise UserError(f"'{override}': of a finished run only {', '.join(OVERRIDES)} can be set (key=value)")
-        OmegaConf.update(cfg, OVERRIDES[key], WORDS.get(value, value), force_add=True)
+        OmegaConf.update(cfg, OVERRIDES[key], WORDS.get(value.lower(), value), force_add=True)
     return cfg
 
 

@@ -58,11 +58,15 @@ def of_checkpoint(config: Mapping[str, Any], inputs: Mapping[str, str], processe
     return {"config": dict(config), "processes": processes, **inputs}
 
 
+LATER = ("architecture", "tokenizer")  # digests that earlier checkpoints do not have
+
+
 def changed_since(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The dotted keys in which a checkpoint's identity differs from this run's; None stands for nothing read."""
     before, after = (
         {key: value for key, value in which.items() if key != "config" and value is not None}
         for which in (checkpoint, now)
     )
+    after = {key: value for key, value in after.items() if key in before or key not in LATER}
     configs = [which.get("config", {}) for which in (checkpoint, now)]
     return [*(f"config.{key}" for key in differences(configs[0], configs[1])), *changed_keys(before, after)]

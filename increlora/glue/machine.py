@@ -13,6 +13,7 @@ import torch
 
 from increlora import distributed
 
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("--", ":/run.py", ":/increlora", ":/baselines", ":/configs")  # where a new file may change what is computed
 PACKAGES = ("torch", "transformers", "datasets", "peft", "tokenizers", "numpy")
 
@@ -53,18 +54,24 @@ def code_state(device: str) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    """What git says of the repository of this code; None without one, also where this code lies in somebody else's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", *arguments],  # a full disk would leave the lock behind
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+        top, said = (
+            subprocess.run(
+                ["git", "--no-optional-locks", *words],  # a full disk would leave the lock behind
+                cwd=ROOT / "increlora",
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for words in (("rev-parse", "--show-toplevel"), arguments)
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return said if Path(top).resolve() == ROOT else None
 
 
 def _version(package: str) -> str | None:

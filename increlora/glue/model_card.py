@@ -48,7 +48,8 @@ def _what(trained: Trained, kind: str, base: str | None) -> str:
     fields = " and ".join(code(name) for name in trained.task.fields)
     return (
         f"{form} {plain(base or 'a random encoder')}, checkpoint `{trained.checkpoint}`. Input: {fields}, at most "
-        f"{trained.task.max_length} tokens. Data: {source} (sha256 {trained.result['data']['fingerprint'][:12]})."
+        f"{trained.task.max_length} tokens. Data: {plain(source)} (sha256 "
+        f"{plain(trained.result['data']['fingerprint'][:12])})."
     )
 
 
@@ -61,7 +62,9 @@ def _scores(trained: Trained) -> str:
         if metric != "score"
     ]
     chosen = ", chosen on dev and therefore optimistic" if trained.checkpoint == "best" else ""
-    return "\n".join([f"After step {score['step']}{chosen}.\n", "| split | metric | value |", "|---|---|---|", *rows])
+    return "\n".join(
+        [f"After step {plain(score['step'])}{chosen}.\n", "| split | metric | value |", "|---|---|---|", *rows]
+    )
 
 
 def _labels(trained: Trained) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from increlora.errors import UserError, first_line
+from increlora.files import given_path
 from increlora.glue.hub import require_hub
 from increlora.glue.packaged import packaged_folder
 
@@ -103,7 +104,7 @@ def _lacking(folder: Path, needs: Sequence[Alternatives]) -> list[str]:
 
 
 def _complete_folder(path: str, needs: Sequence[Alternatives]) -> Path:
-    folder = Path(path).expanduser()
+    folder = given_path("backbone.path", path)
     if not folder.is_dir():
         raise UserError(f"backbone.path={path}: there is no such folder")
     lacking = _lacking(folder, needs)

@@ -16,7 +16,11 @@ if TYPE_CHECKING:  # reading results must not import torch
     from increlora.glue.loop import Outcome
     from increlora.glue.tasks import TaskData
 
-INPUTS = {"base": "pretrained weights", "pattern": "ranks (method.pattern)"}  # where the name alone is not clear
+INPUTS = {
+    "base": "pretrained weights",
+    "architecture": "config.json",
+    "pattern": "ranks (method.pattern)",
+}  # where the name alone is not clear
 
 
 def build(

@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ def check(sweep: Mapping[str, Any], path: Path) -> None:
                         f"{path}, {key}: a value that depends on other runs is {{best_of: [VALUES], split: SPLIT, "
                         f"seed: K}} or {{run_with: {{OVERRIDE: VALUE}}}}, not {value}"
                     )
+    refuse_idle_conditions(path, common, conditions, blocks)
 
 
 def dependent(value: Mapping[str, Any]) -> bool:
@@ -212,9 +213,46 @@ def where(sweep: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
     matching = (
         overrides
         for condition, overrides in sweep.get("where", {}).items()
-        if all(str(settings.get(key)) == value for key, _, value in (c.partition("=") for c in condition.split()))
+        if all(is_value(settings.get(key), value) for key, _, value in (c.partition("=") for c in condition.split()))
     )
     return {key: value for overrides in matching for key, value in overrides.items()}
+
+
+def is_value(value: Any, word: str) -> bool:
+    """Whether a word of a condition is this value: as text, as a number, or as true, false or null."""
+    if str(value) == word:
+        return True
+    try:
+        return float(word) == value and not isinstance(value, bool)
+    except ValueError:
+        return value is {"true": True, "false": False, "null": None}.get(word.lower(), word)
+
+
+def refuse_idle_conditions(path: Path, common: Mapping[str, Any], conditions: Iterable[str], blocks: Any) -> None:
+    """Return if every part of a condition is a value that some run of the sweep has.
+
+    Raises:
+        UserError: no run has it.
+    """
+    values: dict[str, list[Any]] = {}
+    parts = [common, *blocks]
+    while parts:
+        for key, listed in parts.pop().items():
+            for value in listed if isinstance(listed, list) else [listed]:
+                if not isinstance(value, dict):
+                    values.setdefault(key, []).append(value)
+                elif "run_with" in value:
+                    parts.append(value["run_with"])
+                else:
+                    values.setdefault(key, []).extend(value["best_of"])
+                    values.setdefault("seed", []).extend(trial_seeds(value))
+    for condition in conditions:
+        for key, _, word in (part.partition("=") for part in condition.split()):
+            if not any(is_value(value, word) for value in values.get(key, ())):
+                raise UserError(
+                    f"{path}: the condition '{condition}' holds for no run of the sweep, which has no {key}={word}; "
+                    "several parts stand apart by blanks"
+                )
 
 
 def needed(own: Mapping[str, Any], name: str, value: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from increlora.errors import UserError
-from increlora.files import shown
+from increlora.files import given_path, shown
 from increlora.glue import token_cache
 from increlora.glue.tsv import read_tsv
 from increlora.streams import stream
+from increlora.validation import check_numbers
 
 GLUE = "nyu-mll/glue"
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
 SCORE_METRICS = ("pearson", "spearmanr")
+LARGEST = 3e38  # of a score: what float32, in which the loss is computed, can hold
 
 
 @dataclass
@@ -150,6 +152,7 @@ class Task:
     fingerprint: str | None = field(default=None, init=False, repr=False, compare=False)  # of what was read
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.primary = [self.primary] if isinstance(self.primary, str) else list(self.primary)
         self._check_names()
         self._check_metrics()
@@ -274,7 +277,7 @@ class Task:
         return self.data_dir is not None
 
     def _path(self, split: str) -> Path:
-        folder = Path(cast(str, self.data_dir)).expanduser()
+        folder = given_path("task.data_dir", self.data_dir)
         if self.folder and (folder / self.folder).is_dir():
             folder /= self.folder
         if not folder.is_dir():
@@ -346,10 +349,10 @@ class Task:
     def _score(self, word: Word) -> float:
         low, high = self.score_range or (-math.inf, math.inf)
         try:
-            score = float(word.text)
+            score = float("" if "_" in word.text else word.text)
         except ValueError:
             raise UserError(f"{word.where}: the score '{shown(word.text)}' is not a number") from None
-        if not math.isfinite(score) or not low <= score <= high:
+        if not abs(score) <= LARGEST or not low <= score <= high:
             allowed = "finite" if self.score_range is None else f"from {low:g} to {high:g}"
             raise UserError(f"{word.where}: the score {word.text} is not allowed; scores must be {allowed}")
         return score
@@ -399,6 +402,8 @@ class Task:
         self.fields, self.dev = list(self.fields), list(self.dev)
         if len(self.fields) not in (1, 2) or not self.dev:
             raise UserError(f"task {self.name}: `fields` must name one or two columns, `dev` at least one split")
+        if reserved := {"train", "holdout", f"{self.dev[0]}+holdout"} & set(self.dev):
+            raise UserError(f"task {self.name}: `dev` has {', '.join(reserved)}, which names examples of train here")
         if self.labels is None:
             return
         if any(isinstance(label, bool) for label in self.labels):
@@ -406,6 +411,8 @@ class Task:
                 f'task {self.name}: YAML reads yes and no as true and false; quote the labels: ["no", "yes"]'
             )
         self.labels = [str(label) for label in self.labels]
+        if odd := [label for label in self.labels if not label.isprintable()]:
+            raise UserError(f"task {self.name}: the label {shown(repr(odd[0]))} has control characters")
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise UserError(f"task {self.name}: `labels` must be at least two different names, or null for scores")
 

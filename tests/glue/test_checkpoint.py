@@ -69,12 +69,23 @@ def test_files_have_the_rights_of_the_umask_and_leave_links_alone(tmp_path):
 
 
 def test_what_a_kill_left_is_removed_by_the_next_session(tmp_path):
-    for name in (".checkpoint.safetensors.tmp", ".tmpLucAFa"):  # ours, and the one of safetensors
-        (tmp_path / name).write_text("half")
+    for name in (".checkpoint.safetensors.tmp", ".result.json.17.tmp", ".tmpLucAFa", ".my.tmpl.conf"):
+        (tmp_path / name).write_text("half")  # ours, ours, the one of safetensors, somebody else's
     filled(tmp_path)
     with checkpoint.exclusive(tmp_path):
         left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".lock", "checkpoint.safetensors", "previous-checkpoint.safetensors"]
+    assert left == [".lock", ".my.tmpl.conf", "checkpoint.safetensors", "previous-checkpoint.safetensors"]
+
+
+def test_files_of_others_under_our_names_are_neither_overwritten_nor_waited_for(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(UserError, match=r"is no directory of a run, and its metrics\.jsonl would be overwritten"):
+        checkpoint.exclusive(tmp_path).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "checkpoint.safetensors")
+    with pytest.raises(UserError, match="is no regular file"):
+        checkpoint.exclusive(tmp_path).__enter__()
 
 
 def test_checkpoints_on_a_slow_disk_take_their_share_of_the_time_and_no_more(tiny_deberta, tmp_path, monkeypatch):
@@ -286,5 +297,5 @@ def test_weights_of_another_model_are_refused(tiny_deberta, tmp_path):
     method = increlora()
     method.prepare(tiny_deberta, 30)
     state = {"method": method.state_dict(), "weights": {"nowhere": torch.zeros(1)}}
-    with pytest.raises(UserError, match="of another model: 1 tensors do not fit"):
+    with pytest.raises(UserError, match="of another model: 8 tensors do not fit or are absent"):
         checkpoint.load_model_state(tiny_deberta, method, state)

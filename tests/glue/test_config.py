@@ -59,6 +59,7 @@ REFUSED = [
     (["task=a=b=c"], "'task=a=b=c' cannot be read: a value that holds = ,"),
     (["run_dir=runs/a=b/c"], "needs quotes"),
     (["task.data_dir=~/glue"], "needs quotes"),
+    (["overwrite=no"], "overwrite=no must be true or false"),
 ]
 
 
@@ -75,10 +76,18 @@ def test_a_key_that_the_class_does_not_have_is_refused():
         config.build(config.load(["+method.speed=1"]).method)
 
 
+def test_of_one_key_the_last_override_names_the_run():
+    assert config.counted_overrides(["train.max_steps=9", "+train.max_steps=2"]) == ["+train.max_steps=2"]
+
+
 def test_a_home_folder_in_quotes_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = config.load(["run_dir='~/runs/a=b'"])
     assert str(config.run_directory(cfg, config.identity(cfg, []))) == "/home/me/runs/a=b"
+    for value, said in (("5", "run_dir=5: a path must be text"), ("'~nobody-here/x'", "run_dir=~nobody-here/x: ")):
+        cfg = config.load([f"run_dir={value}"])
+        with pytest.raises(UserError, match=said):
+            config.run_directory(cfg, config.identity(cfg, []))
 
 
 def test_a_refusal_of_the_class_itself_comes_through():

@@ -1,12 +1,16 @@
 """Files that changed after they were written: every one is refused, or read with the same content."""
 
 import json
+import math
+import os
 import random
 
 import pytest
+import torch
 from conftest import ROOT
 from damage import damaged
 from finished_runs import SYNTHETIC, finished
+from naming import naming
 
 from increlora import result_files
 from increlora.errors import UserError
@@ -104,3 +108,28 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(run_
     monkeypatch.setattr("increlora.glue.loop.train", lambda *_: pytest.fail("it trains again"))
     finished(run_dir, "backbone=tiny", *SYNTHETIC, "method=increlora")  # it looked before the result was there
     assert (run_dir / "result.json").read_bytes() == before
+
+
+def test_a_result_without_what_readers_take_for_granted_and_a_pipe_are_no_results(run_dir, tmp_path):
+    right = json.loads((run_dir / "result.json").read_text())
+    best = right["scores"]["best"]
+    for part, value in (
+        ("scores", {"best": best | {"score": "high"}}), ("scores", {"best": {"score": 0.5}}), ("inputs", []),
+        ("scores", {"best": best | {"metrics": {"dev": {"accuracy": "high"}}}}), ("cost", {"steps": 3}),
+    ):  # fmt: skip
+        (tmp_path / "result.json").write_text(json.dumps(result_files.sealed(right | {part: value})))
+        with naming((part, value)), pytest.raises(UserError, match="is not the result of a run"):
+            result_files.read(tmp_path / "result.json")
+    (tmp_path / "result.json").unlink()
+    os.mkfifo(tmp_path / "result.json")
+    with pytest.raises(UserError, match="is no regular file"):
+        result_files.read(tmp_path / "result.json")
+
+
+def test_outputs_that_are_no_numbers_are_no_predictions(run_dir):
+    trained = finished_run.load(run_dir)
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(UserError, match="the model's outputs are no numbers"):
+        trained.logits([("a", "b")])

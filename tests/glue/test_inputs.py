@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 
 import pytest
 from finished_runs import TRAINING, base_model, finished
@@ -48,6 +49,13 @@ def test_a_finished_run_is_not_returned_for_other_data_or_weights(files, tmp_pat
     assert found(run_dir, files)["status"] == "finished"
     with pytest.raises(UserError, match="of a run with other pretrained weights than those given"):
         found(run_dir, [*files, f"backbone.path={tmp_path / 'B'}"])
+    for name, said in (("config.json", "config.json"), ("tokenizer.json", "tokenizer")):
+        file = tmp_path / "A" / name
+        text = file.read_text()
+        file.write_text(text + " ")
+        with pytest.raises(UserError, match=f"of a run with other {said} than those given"):
+            found(run_dir, files)
+        file.write_text(text)
     write_data(tmp_path / "data", flipped=True)
     with pytest.raises(UserError, match="of a run with other data than those given"):
         found(run_dir, files)
@@ -133,3 +141,18 @@ def test_a_known_result_of_other_data_is_not_taken(files, tmp_path, monkeypatch)
     write_data(tmp_path / "data", flipped=True)
     config._task.cache_clear()
     assert sweep_plan.find_result(run, tmp_path / "known") is None
+
+
+def test_a_commit_is_known_only_of_the_codes_own_repository(tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    (theirs / "copy" / "increlora").mkdir(parents=True)
+    (theirs / "increlora").mkdir()
+    for words in ("init", "-c user.name=a -c user.email=a@b commit --allow-empty --message=x"):
+        subprocess.run(["git", *words.split()], cwd=theirs, check=True, capture_output=True)
+    monkeypatch.setattr(machine, "ROOT", theirs)
+    own = machine.code_state("cpu")["commit"]
+    assert len(own) == 40
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert machine.code_state("cpu")["commit"] == own
+    monkeypatch.setattr(machine, "ROOT", theirs / "copy")
+    assert machine.code_state("cpu")["commit"] is None

@@ -31,6 +31,8 @@ def settings_of(name, seed=0):
 
 def task_of(name, seed=0, **overrides):
     settings = settings_of(name, seed)
+    if settings.get("train_examples") == "${task.train_size}":  # what Hydra would put there
+        settings["train_examples"] = settings["train_size"]
     return CLASSES[settings.pop("_target_")](**settings | overrides)
 
 
@@ -345,6 +347,9 @@ def test_impossible_settings(tmp_path, words):
         ({"metrics": ["bleu"]}, "bleu"),
         ({"metrics": ["pearson"], "primary": "pearson"}, "pearson"),
         ({"primary": "f1"}, "f1"),
+        ({"lenient": "no"}, "`lenient` must be true or false"),
+        ({"dev": ["holdout"]}, "which names examples of train"),
+        ({"labels": ["a", "b\tc"]}, "control characters"),
         ({"labels": [False, True]}, "quote the labels"),
         ({"labels": ["a", "b", "c"], "metrics": ["f1"], "primary": "f1"}, "3 classes"),
         ({"labels": ["a"]}, "at least two"),

@@ -207,6 +207,7 @@ BAD = {
     "no runs": ("about: x\nruns:\n", BLOCKS),
     "common as a list": ("about: x\ncommon: [budget=r2]\nruns: []\n", "common is not a mapping of override"),
     "where as a list": ("about: x\nwhere: [task=rte]\nruns: []\n", "where is not a mapping of override"),
+    "where that nothing has": ("about: x\nwhere: {method=lroa: {a: 1}}\nruns: [{method: lora}]\n", "no method=lroa"),
     "where without overrides": ("about: x\nwhere: {task=rte: 3}\nruns: []\n", "where task=rte is not a mapping"),
     "best_of without seed": ("about: x\nruns: [{a: {best_of: [1, 2], split: dev}}]\n", f"a: {DEPENDS}"),
     "best_of without split": ("about: x\nruns: [{a: [1, {best_of: [1, 2], seed: 1}]}]\n", f"a: {DEPENDS}"),
