@@ -213,10 +213,17 @@ def _with_shared_words(value: Any) -> Any:
 
 
 def last_score(result: Mapping[str, Any], split: str) -> float:
-    """The primary score on a split at the end of a run; the lowest possible if it diverged."""
+    """The primary score on a split at the end of a run; the lowest possible if it diverged.
+
+    Raises:
+        UserError: the run was not scored on this split.
+    """
     if result["status"] != "finished":
         return float("-inf")
-    return result["curve"][-1]["scores"][split]["score"]
+    scores = result["curve"][-1]["scores"]
+    if split not in scores:
+        raise UserError(f"a run has no scores on the split {split}; it has them on {', '.join(scores)}")
+    return scores[split]["score"]
 
 
 def padding_share(cost: Mapping[str, float]) -> float:

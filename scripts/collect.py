@@ -43,6 +43,8 @@ def main() -> int:
     parser.add_argument("source", type=Path, help="folder that holds run directories")
     parser.add_argument("--dirty", action="store_true", help="also results of a tree with uncommitted changes")
     arguments = parser.parse_args()
+    if not arguments.source.is_dir():
+        raise UserError(f"{arguments.source}: no such folder; give the one that holds run directories, as runs/ does")
     taken = refused = 0
     for path in sorted(arguments.source.rglob(result_files.FILE_NAME)):
         try:

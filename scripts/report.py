@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from increlora import result_files
 from increlora.analysis.selection import rank_history
+from increlora.errors import UserError
 from increlora.files import write_text
 from increlora.glue import config, identity
 from increlora.matrices import kind_of, layer_of, rank_map
@@ -36,6 +37,8 @@ def main() -> None:
     path = arguments.run / result_files.FILE_NAME if arguments.run.is_dir() else arguments.run
     output = arguments.output or path.with_suffix(".html")
     page = report(result_files.read(path))
+    if output.resolve() == path.resolve():
+        raise UserError(f"--output {output} is the result file itself, which the report would replace")
     write_text(output, page)
     print(f"report: {output}")
 

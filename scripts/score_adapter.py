@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from increlora.errors import UserError
 from increlora.glue import config, finished_run, identity, results
 from increlora.glue.evaluate import evaluate
 
@@ -27,6 +28,8 @@ def main() -> None:
     precision = f"precision={result['config']['train']['precision']}"
     cfg = finished_run.run_config(result["config"], [precision, *arguments.overrides])
     settings, task, backbone = (config.build(cfg[key]) for key in ("train", "task", "backbone"))
+    if not (arguments.folder / "adapter_config.json").is_file():
+        raise UserError(f"{arguments.folder} holds no adapter; give a folder of results/adapters")
     tokenizer = backbone.tokenizer()
     data = task.load(tokenizer)
     model = PeftModel.from_pretrained(backbone.model(task.num_labels), arguments.folder).to(settings.torch_device)

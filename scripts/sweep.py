@@ -63,8 +63,8 @@ def main() -> int:
     console.print(f"{len(runs)} runs, {queue.side_by_side} at a time: {queue.counts()}")
     if arguments.dry_run:
         for run in runs:
-            console.print(f"  {run.state:9s} {run.name}", highlight=False)
-        return 0
+            console.print(f"  {run.state:9s} {run.name}{f': {run.error}' if run.error else ''}", highlight=False)
+        return int(any(run.state == "failed" for run in runs))
     queue.work()
     console.print(queue.summary(), highlight=False)
     if any(run.state in ("stopped", "not begun") for run in runs):

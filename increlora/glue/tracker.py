@@ -58,12 +58,17 @@ class Tracker:
             self.file = self.path.open("a", encoding="utf-8")
 
     def _lines_until(self, step: int) -> list[dict[str, Any]]:
-        """The recorded lines up to a step; a line that a kill cut short is dropped."""
+        """The recorded lines up to a step; a line that a kill cut short, or that is none of ours, is dropped."""
         lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(parsed_json(text))
-        return [line for line in lines if line.get("step", step + 1) <= step]
+                lines.append(parsed_json(line))
+        return [
+            line for line in lines
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step
+            and isinstance(line.get("seconds"), int | float)
+        ]  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float], ranks: Mapping[str, int] | None = None) -> None:
         """Record one step; call once per step.

@@ -206,8 +206,8 @@ def test_a_continued_record_drops_what_came_after_the_checkpoint_and_what_a_kill
     for step in (10, 20, 30):
         first.log(step, {"train/loss": 1 / step})
     first.finish("interrupted", {})
-    with first.path.open("a") as file:
-        file.write('{"step": 40, "train/lo')
+    with first.path.open("ab") as file:
+        file.write(b'\xff\n[1]\n{"step": "ten"}\n{"step": 15}\n{"step": 40, "train/lo')
     again = WandbTracker(mode="offline")
     again.start(tmp_path, RUN, CONFIG, {"step": 20})
     again.log(30, {"train/loss": 0.5})

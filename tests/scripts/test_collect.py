@@ -51,3 +51,11 @@ def test_of_an_absolute_folder_the_name_is_kept():
     for source in ("nyu-mll/glue@bcdcba79", "../shared/glue", "synthetic"):
         assert results.place(source) == source
     assert results.place("/home/me/glue") == results.place("/home/me/glue/") == "glue"
+
+
+def test_a_folder_that_is_not_there_is_refused_and_the_run_itself_may_be_given(tmp_path, monkeypatch, capsys):
+    assert call(script, monkeypatch, tmp_path / "nowhere") == 2 and "no such folder" in capsys.readouterr().err
+    run_dir = finished(tmp_path / "runs" / "seed41", "backbone=tiny", *SYNTHETIC, "method=lora")
+    monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
+    assert call(script, monkeypatch, run_dir, "--dirty") == 0
+    assert (tmp_path / "results" / "runs" / "seed41.json").exists()

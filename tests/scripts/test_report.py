@@ -357,3 +357,12 @@ def test_a_browser_shows_it_in_light_and_dark_without_complaint(tmp_path):
         assert not background[-600:].all() and not background[:300].all()
         shades.append(pixels[0, 0].mean())
     assert shades[0] > 200 and shades[1] < 60
+
+
+def test_the_result_file_is_not_replaced_by_its_report(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "result.json"
+    path.write_bytes(INCRELORA.read_bytes())
+    with pytest.raises(SystemExit):
+        call(monkeypatch, tmp_path, "--output", path)
+    assert "which the report would replace" in capsys.readouterr().err
+    assert path.read_bytes() == INCRELORA.read_bytes()
