@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from increlora import base_weights, surgery
 from increlora.base_weights import Checksum
 from increlora.errors import UserError
-from increlora.validation import check_numbers
+from increlora.validation import check_numbers, check_patterns
 
 
 @dataclass
@@ -209,6 +209,7 @@ class Method:
             raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
         if self.matrices is not None and not self.matrices:
             raise UserError("`matrices` names no kind of matrix; null adapts all")
+        check_patterns({f"kinds.{kind}": pattern for kind, pattern in self.kinds.items()})
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:

@@ -1,8 +1,10 @@
-"""The check of numbers and switches that a person gives, as the fields of a dataclass."""
+"""Checks of what a person gives: numbers and switches, as the fields of a dataclass, and regular expressions."""
 
 import dataclasses
 import math
 import numbers
+import re
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from increlora.errors import UserError
@@ -25,3 +27,19 @@ def check_numbers(settings: Any) -> None:
         if isinstance(value, bool) or bool in kinds or not isinstance(value, kind) or not math.isfinite(value):
             words = " or ".join(KINDS[kind] for kind in kinds)
             raise UserError(f"`{field.name}` must be {words}, it is {value!r}")
+
+
+def check_patterns(patterns: Mapping[str, Any]) -> None:
+    """Refuse what is no regular expression.
+
+    Args:
+        patterns: by the name under which they were given.
+
+    Raises:
+        UserError: with the name.
+    """
+    for name, pattern in patterns.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(f"`{name}` must be a regular expression, it is {pattern!r} ({error})") from None

@@ -17,6 +17,7 @@ from increlora.glue.digest import require_published, sha256
 from increlora.glue.model_files import CONFIG, OPTIONAL, WEIGHTS, ModelFiles, quiet, readable
 from increlora.glue.tokenizing import load_tokenizer, word_tokenizer
 from increlora.streams import derive_seed, stream
+from increlora.validation import check_numbers, check_patterns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,8 @@ class Backbone:
     max_length: int = 512
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        check_patterns({"head": self.head, **{f"kinds.{kind}": pattern for kind, pattern in self.kinds.items()}})
         if self.weights not in ("pretrained", "random"):
             raise UserError(f"backbone.weights={self.weights}: it can be pretrained or random")
         if not self.model_type:

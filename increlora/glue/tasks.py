@@ -402,6 +402,9 @@ class Task:
         self.fields, self.dev = list(self.fields), list(self.dev)
         if len(self.fields) not in (1, 2) or not self.dev:
             raise UserError(f"task {self.name}: `fields` must name one or two columns, `dev` at least one split")
+        columns = [self.columns.get(name, name) for name in (*self.fields, "label")]
+        if len(set(columns)) < len(columns):
+            raise UserError(f"task {self.name}: fields and label must be different columns, they are {columns}")
         if reserved := {"train", "holdout", f"{self.dev[0]}+holdout"} & set(self.dev):
             raise UserError(f"task {self.name}: `dev` has {', '.join(reserved)}, which names examples of train here")
         if self.labels is None:

@@ -76,6 +76,12 @@ def test_a_key_that_the_class_does_not_have_is_refused():
         config.build(config.load(["+method.speed=1"]).method)
 
 
+def test_what_is_no_regular_expression_is_refused():
+    for override in ("backbone.head='('", "backbone.kinds.query=5"):
+        with pytest.raises(UserError, match="must be a regular expression"):
+            config.build(config.load(["task=rte", override]).backbone)
+
+
 def test_of_one_key_the_last_override_names_the_run():
     assert config.counted_overrides(["train.max_steps=9", "+train.max_steps=2"]) == ["+train.max_steps=2"]
 

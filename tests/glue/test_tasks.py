@@ -347,6 +347,8 @@ def test_impossible_settings(tmp_path, words):
         ({"metrics": ["bleu"]}, "bleu"),
         ({"metrics": ["pearson"], "primary": "pearson"}, "pearson"),
         ({"primary": "f1"}, "f1"),
+        ({"columns": {"sentence1": "label"}}, "must be different columns"),
+        ({"max_length": "abc"}, "`max_length` must be a whole number"),
         ({"lenient": "no"}, "`lenient` must be true or false"),
         ({"dev": ["holdout"]}, "which names examples of train"),
         ({"labels": ["a", "b\tc"]}, "control characters"),
