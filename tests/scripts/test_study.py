@@ -37,11 +37,13 @@ def write(folder: Path, task: str, method: str, seed: int, score: float, rate: f
     run = {
         "run": {"task": task, "method": method, "seed": seed, "overrides": ["experiment=trial"]},
         "config": {"train": {"learning_rate": rate}},
-        "scores": {"last": {"score": 0.1, "metrics": {"dev": {"score": 0.1}, "dev+holdout": {"score": score}}}},
+        "scores": {
+            "last": {"score": 0.1, "step": 1, "metrics": {"dev": {"score": 0.1}, "dev+holdout": {"score": score}}}
+        },
     }
     path = folder / f"{task}-{method}-{rate}" / f"seed{seed}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
-    empty = {part: kind() for part, kind in result_files.PARTS.items()}
+    empty = {part: kind() for part, kind in result_files.PARTS.items()} | {"cost": {"seconds": 1.0, "steps": 1}}
     path.write_text(json.dumps(empty | run | changes))
 
 
