@@ -117,7 +117,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     write(tmp_path, "stsb", "uniform", 47, 0.6, 3e-3)
     with pytest.raises(UserError, match="stsb uniform has two runs with seed 47"):
         lines(tmp_path)
-    write(tmp_path / "other", "stsb", "uniform", 47, 0.5, scores={"last": {"metrics": {"dev": {"score": 0.5}}}})
+    on_dev = {"last": {"score": 0.5, "step": 1, "metrics": {"dev": {"score": 0.5}}}}
+    write(tmp_path / "other", "stsb", "uniform", 47, 0.5, scores=on_dev)
     with pytest.raises(UserError, match=r"^stsb uniform 47: no score on dev\+holdout"):
         lines(tmp_path / "other")
 
