@@ -22,6 +22,7 @@ from increlora.method import Allocation, Method, named
 from increlora.order import AFTER, StepOrder
 from increlora.orthogonality import orthogonal_penalty
 from increlora.streams import stream
+from increlora.validation import other_settings
 
 START, FIRST_RESERVES = 0, 1  # numbers of groups in the bank; each growth brings one more
 MADE_BY_PREPARE = ("allocator", "bank", "linears", "importance", "watchers", "penalties", "merged", "order")
@@ -507,9 +508,7 @@ class IncreLoRA(Method):
                 f"and they differ, e.g. in {odd[0]}. Prepare the method as in that run."
             )
         mine = self.settings()
-        saved_settings = state.get("settings", mine)  # absent from states of earlier versions
-        changed = [f"`{name}` {saved_settings.get(name)} there, {mine[name]} here" for name in mine
-                   if saved_settings.get(name) != mine[name]]  # fmt: skip
+        changed = other_settings(state.get("settings", mine), mine, "`")  # absent from states of earlier versions
         if changed:
             raise UserError(
                 f"the loaded state was trained with other settings: {'; '.join(changed[:5])}. Make and prepare the "

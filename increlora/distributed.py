@@ -32,13 +32,11 @@ def start(device: str) -> None:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but MASTER_ADDR is not set: start the processes with torchrun or "
             "accelerate launch, or unset WORLD_SIZE, RANK and LOCAL_RANK for a single process"
         )
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        _number(name, 0)
-    rank, size = _number("RANK", 0), max(_number(name, 1) for name in SIZES)
-    if rank >= size:
+    rank, _, port = (_number(name, 0) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"))
+    if rank >= (size := max(_number(name, 1) for name in SIZES)):
         raise UserError(f"RANK={rank} of {size} processes: they are numbered from 0; start them with torchrun")
-    if _number("MASTER_PORT", 0) > 65535:
-        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is no port; the largest is 65535")
+    if port > 65535:
+        raise UserError(f"MASTER_PORT={port} is no port; the largest is 65535")
     from accelerate import PartialState
 
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")

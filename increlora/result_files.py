@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,8 @@ def _check_values(result: Mapping[str, Any]) -> None:
     for score in result.get("scores", {}).values():
         if not isinstance(score["step"], int) or not isinstance(score["score"], int | float | None):
             raise TypeError(f"a score of {score['score']!r} at step {score['step']!r}")
-    for metrics in [
-        *(score["metrics"] for score in result.get("scores", {}).values()),
-        *(point["scores"] for point in result.get("curve", ())),
-    ]:
-        for value in (value for of_split in metrics.values() for value in of_split.values()):
+    for of_split in _metrics(result):
+        for value in of_split.values():
             if not isinstance(value, int | float | None):
                 raise TypeError(f"a metric of {value!r}")
     for part in ("inputs", "weights"):
@@ -102,6 +99,14 @@ def _check_values(result: Mapping[str, Any]) -> None:
     for name in ("seconds", "steps") if "cost" in result else ():
         if not isinstance(result["cost"][name], int | float):
             raise TypeError(f"a cost with {name} {result['cost'][name]!r}")
+
+
+def _metrics(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The metrics on one split after another, of the scores and of the curve."""
+    for score in result.get("scores", {}).values():
+        yield from score["metrics"].values()
+    for point in result.get("curve", ()):
+        yield from point["scores"].values()
 
 
 def sealed(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,9 +137,7 @@ def _upgraded(result: dict[str, Any]) -> dict[str, Any]:
             result["inputs"] = {name: digest for name, digest in read.items() if digest is not None}
     for score in result.get("scores", {}).values():
         score["score"] = math.nan if score["score"] is None else score["score"]
-    metrics = [score.get("metrics", {}) for score in result.get("scores", {}).values()]
-    metrics += [point.get("scores", {}) for point in result.get("curve", [])]
-    for of_split in (values for splits in metrics for values in splits.values()):
+    for of_split in _metrics(result):
         of_split.update({name: math.nan for name, value in of_split.items() if value is None})
     return result
 

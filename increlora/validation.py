@@ -1,4 +1,4 @@
-"""Checks of what a person gives: numbers and switches, as the fields of a dataclass, and regular expressions."""
+"""Checks of what a person gives: numbers, switches, regular expressions; and settings that differ, in words."""
 
 import dataclasses
 import math
@@ -43,3 +43,16 @@ def check_patterns(patterns: Mapping[str, Any]) -> None:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise UserError(f"`{name}` must be a regular expression, it is {pattern!r} ({error})") from None
+
+
+def other_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any], mark: str = "") -> list[str]:
+    """What differs from my settings, in words: `alpha 8.0 there, 32.0 here`.
+
+    Args:
+        mark: around names, e.g. backquotes.
+    """
+    return [
+        f"{mark}{name}{mark} {theirs.get(name)} there, {value} here"
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]

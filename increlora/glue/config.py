@@ -34,6 +34,7 @@ from increlora.glue.identity import inputs as inputs_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+WORDS = {"true": True, "false": False, "null": None}  # what these mean in an override
 GROUPS = ("backbone", "budget", "method", "task")  # what has a name, by which results and directories are known
 
 
@@ -298,7 +299,7 @@ def guarded(main: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             if WANTS_TRACEBACK or (error.filename is None and error.errno not in OF_OUTPUT):
                 raise
-            what = "the standard output" if error.filename is None else shown(str(error.filename))
+            what = "an output" if error.filename is None else shown(str(error.filename))
             print(f"error: cannot use {what}: {error.strerror}", file=sys.stderr)
             if error.filename is None:  # what is still in it would raise again at the interpreter's end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -317,21 +318,18 @@ FAILED: list[str] = []  # the jobs of this multirun that could not be done
 
 @contextlib.contextmanager
 def of_a_multirun(hydra: HydraConf) -> Iterator[None]:
-    """In a multirun, a user's error ends its own job: it is printed, and the next job begins."""
+    """In a multirun, an error ends its own job: it is printed, and the next job begins."""
     try:
         yield
     except Interrupted:
         raise
-    except UserError as error:
+    except Exception as error:
         if hydra.mode != RunMode.MULTIRUN:
             raise
         FAILED.append(f"{hydra.job.num} ({' '.join(hydra.overrides.task)})")
-        print(f"error in job {FAILED[-1]}: {error}", file=sys.stderr)
-    except Exception:  # a fault of ours, or of a library: it must not take the other jobs along
-        if hydra.mode != RunMode.MULTIRUN:
-            raise
-        FAILED.append(f"{hydra.job.num} ({' '.join(hydra.overrides.task)})")
-        print(f"error in job {FAILED[-1]}:\n{traceback.format_exc()}", file=sys.stderr)
+        # of anything else than a user's error nobody wrote what to do
+        said = str(error) if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
+        print(f"error in job {FAILED[-1]}: {said}", file=sys.stderr)
 
 
 def failed_jobs() -> int:

@@ -35,7 +35,6 @@ OVERRIDES = {
     "precision": "train.precision",
 }
 TRUSTED = ("increlora", "baselines")
-WORDS = {"true": True, "false": False, "null": None}
 CHUNK = 16  # batches that are sorted by length together
 
 
@@ -142,7 +141,7 @@ def run_config(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfi
         key, _, value = override.lstrip("+").partition("=")
         if key not in OVERRIDES:
             raise UserError(f"'{override}': of a finished run only {', '.join(OVERRIDES)} can be set (key=value)")
-        OmegaConf.update(cfg, OVERRIDES[key], WORDS.get(value.lower(), value), force_add=True)
+        OmegaConf.update(cfg, OVERRIDES[key], config.WORDS.get(value.lower(), value), force_add=True)
     return cfg
 
 

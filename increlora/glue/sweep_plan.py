@@ -116,8 +116,8 @@ def check(sweep: Mapping[str, Any], path: Path) -> None:
         if not isinstance(part, dict):
             raise UserError(f"{path}: {name} is not a mapping of override: value, e.g. `{{budget: r2}}`")
     for part in (common, *conditions.values(), *blocks):
-        for key, listed in part.items():
-            for value in listed if isinstance(listed, list) else [listed]:
+        for key, written in part.items():
+            for value in listed(written):
                 if isinstance(value, dict) and not dependent(value):
                     raise UserError(
                         f"{path}, {key}: a value that depends on other runs is {{best_of: [VALUES], split: SPLIT, "
@@ -142,7 +142,7 @@ def parted(sweep: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str
     varied: dict[str, set[str]] = {}
     for block in sweep["runs"]:
         for key, value in block.items():
-            varied.setdefault(key, set()).update(map(str, value if isinstance(value, list) else [value]))
+            varied.setdefault(key, set()).update(map(str, listed(value)))
     chosen, extra = {}, {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -203,7 +203,7 @@ def counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def product(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """All combinations of the values of a block."""
-    values = [value if isinstance(value, list) else [value] for value in block.values()]
+    values = map(listed, block.values())
     return (dict(zip(block, combination, strict=True)) for combination in itertools.product(*values))
 
 
@@ -213,9 +213,14 @@ def where(sweep: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
     matching = (
         overrides
         for condition, overrides in sweep.get("where", {}).items()
-        if all(is_value(settings.get(key), value) for key, _, value in (c.partition("=") for c in condition.split()))
+        if all(is_value(settings.get(key), word) for key, word in parts_of(condition))
     )
     return {key: value for overrides in matching for key, value in overrides.items()}
+
+
+def parts_of(condition: str) -> list[tuple[str, str]]:
+    """The keys and words of a condition, `task=rte method=lora`."""
+    return [(key, word) for key, _, word in (part.partition("=") for part in condition.split())]
 
 
 def is_value(value: Any, word: str) -> bool:
@@ -225,7 +230,7 @@ def is_value(value: Any, word: str) -> bool:
     try:
         return float(word) == value and not isinstance(value, bool)
     except ValueError:
-        return value is {"true": True, "false": False, "null": None}.get(word.lower(), word)
+        return value is config.WORDS.get(word.lower(), word)
 
 
 def refuse_idle_conditions(path: Path, common: Mapping[str, Any], conditions: Iterable[str], blocks: Any) -> None:
@@ -234,25 +239,29 @@ def refuse_idle_conditions(path: Path, common: Mapping[str, Any], conditions: It
     Raises:
         UserError: no run has it.
     """
-    values: dict[str, list[Any]] = {}
-    parts = [common, *blocks]
-    while parts:
-        for key, listed in parts.pop().items():
-            for value in listed if isinstance(listed, list) else [listed]:
-                if not isinstance(value, dict):
-                    values.setdefault(key, []).append(value)
-                elif "run_with" in value:
-                    parts.append(value["run_with"])
-                else:
-                    values.setdefault(key, []).extend(value["best_of"])
-                    values.setdefault("seed", []).extend(trial_seeds(value))
+    blocks = [common, *blocks]
+    for block in blocks:  # those of the runs that these need come to the end
+        for value in itertools.chain.from_iterable(map(listed, block.values())):
+            if isinstance(value, dict):
+                blocks += [value["run_with"]] if "run_with" in value else [{"seed": value["seed"]}]
     for condition in conditions:
-        for key, _, word in (part.partition("=") for part in condition.split()):
-            if not any(is_value(value, word) for value in values.get(key, ())):
+        for key, word in parts_of(condition):
+            if not any(is_value(value, word) for block in blocks for value in alternatives(block.get(key, []))):
                 raise UserError(
                     f"{path}: the condition '{condition}' holds for no run of the sweep, which has no {key}={word}; "
                     "several parts stand apart by blanks"
                 )
+
+
+def listed(value: Any) -> list[Any]:
+    """A value of a block as the list of values that it stands for."""
+    return value if isinstance(value, list) else [value]
+
+
+def alternatives(value: Any) -> list[Any]:
+    """The same, with the candidates of a `best_of` in its place."""
+    found = (item.get("best_of", []) if isinstance(item, dict) else [item] for item in listed(value))
+    return list(itertools.chain.from_iterable(found))
 
 
 def needed(own: Mapping[str, Any], name: str, value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -268,7 +277,7 @@ def needed(own: Mapping[str, Any], name: str, value: Mapping[str, Any]) -> list[
 
 def trial_seeds(value: Mapping[str, Any]) -> list[int]:
     """The seeds whose runs choose a value."""
-    return value["seed"] if isinstance(value["seed"], list) else [value["seed"]]
+    return listed(value["seed"])
 
 
 def resolve(run: Run) -> None:

@@ -276,6 +276,11 @@ class Task:
             raise UserError(f"task {self.name} is not on the hub; set task.data_dir=DIR, a folder with train.tsv")
         return self.data_dir is not None
 
+    @property
+    def _columns(self) -> list[str | int]:
+        """The columns of the fields and of the label."""
+        return [self.columns.get(name, name) for name in (*self.fields, "label")]
+
     def _path(self, split: str) -> Path:
         folder = given_path("task.data_dir", self.data_dir)
         if self.folder and (folder / self.folder).is_dir():
@@ -289,8 +294,7 @@ class Task:
 
     def _read_tsv(self, split: str) -> Examples:
         path = self._path(split)
-        columns = [self.columns.get(name, name) for name in (*self.fields, "label")]
-        table = read_tsv(path, columns, self.lenient)
+        table = read_tsv(path, self._columns, self.lenient)
         texts = [tuple(self.text(text, f"{path}, line {line}") for text in row[:-1]) for line, row in table.rows]
         labels = [Word(row[-1].strip(), f"{path}, line {line}") for line, row in table.rows]
         return Examples(texts, labels, table.skipped)
@@ -402,9 +406,8 @@ class Task:
         self.fields, self.dev = list(self.fields), list(self.dev)
         if len(self.fields) not in (1, 2) or not self.dev:
             raise UserError(f"task {self.name}: `fields` must name one or two columns, `dev` at least one split")
-        columns = [self.columns.get(name, name) for name in (*self.fields, "label")]
-        if len(set(columns)) < len(columns):
-            raise UserError(f"task {self.name}: fields and label must be different columns, they are {columns}")
+        if len(set(self._columns)) < len(self._columns):
+            raise UserError(f"task {self.name}: fields and label must be different columns, they are {self._columns}")
         if reserved := {"train", "holdout", f"{self.dev[0]}+holdout"} & set(self.dev):
             raise UserError(f"task {self.name}: `dev` has {', '.join(reserved)}, which names examples of train here")
         if self.labels is None:

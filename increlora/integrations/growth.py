@@ -17,6 +17,7 @@ from increlora.errors import UserError
 from increlora.integrations.packed import pack, unpack
 from increlora.integrations.penalty import Penalty
 from increlora.method import Method
+from increlora.validation import other_settings
 
 BETWEEN, BEGUN, READY, STEPPED, MERGED = "between", "begun", "ready", "stepped", "merged"  # phases of a step
 SHARDED_OPTIMIZERS = {"ZeroRedundancyOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"}
@@ -374,8 +375,7 @@ class Growth:
             return
         mine = self._settings() | getattr(self.method, "settings", dict)()
         for number, theirs in enumerate(distributed.gather(mine)):
-            changed = [f"{name} {theirs.get(name)} there, {mine[name]} here" for name in mine
-                       if theirs.get(name) != mine[name]]  # fmt: skip
+            changed = other_settings(theirs, mine)
             if changed:
                 raise UserError(f"process {number} has other settings: {'; '.join(changed[:5])}. Give all the same.")
         self.compared = True
@@ -438,10 +438,7 @@ class Growth:
                 f"this one {len(self.method.ranks())}, and their names differ. Prepare the method as in that run."
             )
         mine = self._settings()
-        saved = state.get("settings", mine)  # absent from states of earlier versions
-        changed = [
-            f"{name} {saved.get(name)} there, {mine[name]} here" for name in mine if saved.get(name) != mine[name]
-        ]
+        changed = other_settings(state.get("settings", mine), mine)  # absent from states of earlier versions
         if changed:
             raise UserError(
                 f"the loaded state was trained with other settings: {'; '.join(changed)}. Make Growth and prepare the "
