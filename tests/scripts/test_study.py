@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from increlora import result_files
+from increlora.analysis import decision
 from increlora.analysis.sequential import HELPS, HURTS, SAME, Plan
 from increlora.errors import UserError
 from increlora.glue import config, sweep_plan
@@ -25,7 +26,7 @@ def script(name: str):
     return module
 
 
-decision, simulation = script("study_decision"), script("simulate_rule")
+study_decision, simulation = script("study_decision"), script("simulate_rule")
 PLAN = Plan(
     about="a test", experiment="trial", method="increlora", controls=["random_growth", "uniform"], split="dev+holdout",
     seeds={"stsb": 30, "mrpc": 18}, first_seed=47, tuning_seeds=[45, 46], expected_sd={"stsb": [0.1], "mrpc": [0.1]},
@@ -61,7 +62,7 @@ def study(folder: Path, better: dict[str, float], seeds: range) -> None:
 
 
 def lines(folder: Path) -> list[str]:
-    return list(decision.report(PLAN, decision.read(PLAN, folder)))
+    return list(study_decision.report(PLAN, decision.read(PLAN, result_files.load_runs(folder))))
 
 
 def test_before_the_first_run_it_asks_for_the_first_look(tmp_path):

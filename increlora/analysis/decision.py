@@ -1,0 +1,124 @@
+"""What a study that looks several times says so far, from its runs by its plan (`sequential`)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from increlora.analysis import selection, sequential
+from increlora.analysis.selection import Run
+from increlora.analysis.sequential import UNDECIDED, Estimate, Plan
+from increlora.errors import UserError
+
+Scores = dict[tuple[str, str], dict[int, float]]  # (task, method) -> seed -> score in points
+
+
+@dataclass
+class Runs:
+    """The scores of a study: the compared runs, and those that chose learning rates, by rate."""
+
+    compared: Scores
+    trials: dict[float, Scores]
+
+
+def read(plan: Plan, runs: Iterable[Run]) -> Runs:
+    """The scores of the study's runs among these.
+
+    Raises:
+        UserError: two runs that would be one, or a run without the split that the study scores.
+    """
+    found = Runs({}, {})
+    for run in selection.of_experiment(runs, plan.experiment):
+        seed, cell = run["run"]["seed"], (run["run"]["task"], run["run"]["method"])
+        rate = run["config"]["train"]["learning_rate"]
+        scores = found.trials.setdefault(rate, {}) if seed in plan.tuning_seeds else found.compared
+        if seed in scores.setdefault(cell, {}):
+            raise UserError(f"{' '.join(cell)} has two runs with seed {seed}; keep the one that is meant")
+        scores[cell][seed] = 100 * last_score(run, plan.split)
+    return found
+
+
+def last_score(run: Run, split: str) -> float:
+    """The score of the last step on a split; of a diverged run, of its last evaluation."""
+    try:
+        return run["scores"]["last"]["metrics"][split]["score"]
+    except KeyError:
+        name = " ".join(str(run["run"][key]) for key in ("task", "method", "seed"))
+        raise UserError(f"{name}: no score on {split} at the last step, which is what the study compares") from None
+
+
+def pilot(plan: Plan, trials: Mapping[float, Scores]) -> dict[str, float] | None:
+    """SD of paired differences by task, from the runs that chose learning rates; None if some are missing."""
+    found = {}
+    for task in plan.seeds:
+        differences = []
+        for scores in (trials[rate] for rate in sorted(trials)):
+            for control in plan.controls:
+                pairs = [scores.get((task, method), {}) for method in (plan.method, control)]
+                if not all(set(plan.tuning_seeds) <= set(seeds) for seeds in pairs):
+                    return None
+                differences.append([pairs[0][seed] - pairs[1][seed] for seed in plan.tuning_seeds])
+        if not differences:
+            return None
+        found[task] = sequential.pilot_sd(differences)
+    return found
+
+
+def differences(plan: Plan, scores: Scores, control: str) -> dict[str, NDArray]:
+    """Task -> paired differences of the seeds from the first on, up to the first that is missing."""
+    found = {}
+    for task in plan.seeds:
+        ours, theirs = (scores.get((task, method), {}) for method in (plan.method, control))
+        values, seed = [], plan.first_seed
+        while seed in ours and seed in theirs:
+            values.append(ours[seed] - theirs[seed])
+            seed += 1
+        found[task] = np.array(values)
+    return found
+
+
+@dataclass
+class State:
+    """One control so far: the differences used, D at the looks taken, the outcome and its look (0: none)."""
+
+    control: str
+    used: dict[str, NDArray]
+    looks: list[Estimate]
+    outcome: int
+    at: int
+
+
+def state(
+    plan: Plan, scores: Scores, control: str, sd: Mapping[str, float], sizes: Sequence[Mapping[str, int]]
+) -> State:
+    """The decision about one control from the runs that there are."""
+    paired = differences(plan, scores, control)
+    looks = sequential.estimates(paired, sequential.weights(sizes[-1], sd), sizes)
+    outcome, at = (int(value) for value in sequential.decide(plan, looks))
+    looks = looks[: at or None]
+    used = {task: values[: sizes[len(looks) - 1][task]] for task, values in paired.items()} if looks else {}
+    return State(control, used, looks, outcome, at)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands: SDs of its pilot (None: not complete), numbers of seeds at the looks, every control."""
+
+    sd: dict[str, float] | None
+    sizes: list[dict[str, int]]
+    states: list[State]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every control has its outcome."""
+        return all(found.at or len(found.looks) == len(self.sizes) for found in self.states)
+
+
+def progress(plan: Plan, runs: Runs) -> Progress:
+    """Where the study stands by the runs that there are."""
+    sd = pilot(plan, runs.trials)
+    if sd is None:
+        return Progress(None, plan.sizes(plan.seeds), [State(name, {}, [], UNDECIDED, 0) for name in plan.controls])
+    sizes = plan.sizes(sequential.needed_seeds(plan, sd))
+    return Progress(sd, sizes, [state(plan, runs.compared, name, sd, sizes) for name in plan.controls])
