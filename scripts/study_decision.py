@@ -16,7 +16,7 @@ import numpy as np
 from increlora import result_files
 from increlora.analysis import comparison, decision, sequential
 from increlora.analysis.decision import Progress, State
-from increlora.analysis.sequential import WORDS, Plan
+from increlora.analysis.sequential import Plan
 from increlora.errors import UserError
 from increlora.glue.config import guarded, read_study
 
@@ -30,8 +30,7 @@ def told(plan: Plan, found: State) -> Iterator[str]:
     if not taken:
         yield f"against {found.control}: no look yet"
         return
-    word = WORDS[found.outcome] if found.at or taken == plan.looks else "not decided yet"
-    yield f"against {found.control}: {word}, look {taken} of {plan.looks}"
+    yield f"against {found.control}: {decision.word(plan, found)}, look {taken} of {plan.looks}"
     now, (different, same) = found.looks[-1], (bounds[taken - 1] for bounds in plan.bounds())
     low, high = now.interval(different)
     within = min(now.z(-plan.margin), -now.z(plan.margin))

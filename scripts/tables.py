@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from increlora import result_files
-from increlora.analysis import base_size, selection, study_c
+from increlora.analysis import base_size, decision, selection, study_c
 from increlora.analysis.benchmark_table import benchmark_table
 from increlora.analysis.claims import Evidence, claims
 from increlora.analysis.glue_table import glue
 from increlora.analysis.looks import TASKS, position
+from increlora.analysis.sequential import Plan
 from increlora.analysis.study_tables import ablation, learning_rates, study
 from increlora.analysis.tables import Table, best_of_every_metric, runs_table
 from increlora.files import write_text
@@ -61,9 +62,13 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
     of_base_size = selection.of_experiment(runs, base_size.EXPERIMENT)
     if of_base_size:
         found |= base_size.built(of_base_size, allocation)
-    if (tests := study_c.table(selection.of_experiment(runs, study_c.EXPERIMENT))).rows:
-        found["study_c_tests"] = tests
-    return found
+    found |= study_c.built(selection.of_experiment(runs, study_c.EXPERIMENT))
+    return found | decision.tables(study_a(), runs)
+
+
+def study_a() -> Plan:
+    """The plan of the study of what allocation is worth."""
+    return Plan.of(config.read_study("study_a"), "study_a")
 
 
 def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
@@ -85,7 +90,7 @@ def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
     for name, table in built(runs).items():
         content[name] = table.markdown()
         files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
-    evidence = Evidence(runs, base_size.published_allocation(ALLOCATION))
+    evidence = Evidence(runs, base_size.published_allocation(ALLOCATION), study_a())
     content["claims"] = claims(evidence).markdown()  # its links lead from docs/
     for name, text in content.items():
         pages = {path: insert(page, name, text.rstrip()) for path, page in pages.items()}

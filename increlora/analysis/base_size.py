@@ -11,11 +11,11 @@ from scipy import stats
 from increlora import matrices
 from increlora.analysis import comparison, selection
 from increlora.analysis.looks import LOOKS, TASKS
-from increlora.analysis.selection import PROTOCOLS, Run, Runs
-from increlora.analysis.tables import Table, spread
+from increlora.analysis.selection import Run, Runs
+from increlora.analysis.study_tables import Arms, joint_scores, learning_rates
+from increlora.analysis.tables import Table
 
 EXPERIMENT = "study_b"
-SPLIT = "dev+holdout"  # of the primary number
 SEEDS = (41, 42, 43, 44, 45)
 TUNING_SEED = 40
 DECIDING = ("cola", "stsb")  # tasks that decide whether IncreLoRA is better than another method
@@ -35,28 +35,10 @@ def complete(runs: Sequence[Run]) -> dict[str, Runs]:
     return found
 
 
-def primary(runs: Mapping[int, Run]) -> dict[int, float]:
-    """Seed -> the study's primary number: the last step's score on dev and held-out examples together, times 100."""
-    return {seed: 100 * run["scores"]["last"]["metrics"][SPLIT]["score"] for seed, run in runs.items()}
-
-
 def scores(tasks: Mapping[str, Runs]) -> Table:
     """Every arm of every task: the primary number, the usual three, and the chosen rate."""
-    rows = []
-    for task, arms in tasks.items():
-        for method, runs in arms.items():
-            usual = [spread(selection.scores(runs, protocol).values()) for protocol in PROTOCOLS]
-            rates = {run["config"]["train"]["learning_rate"] for run in runs.values()}
-            diverged = sum(run["status"] == "diverged" for run in runs.values())
-            rows.append([
-                TASKS[task], LOOKS[method].label, spread(primary(runs).values()), *usual, str(diverged),
-                ", ".join(f"{rate:g}" for rate in sorted(rates)),
-            ])  # fmt: skip
-    caption = (
-        "Study B, MPNet-base at r2: mean ± SD over seeds (number of seeds), per cent. dev+holdout is the primary "
-        "number: the last step on dev and held-out examples together. last, best and clean are on dev alone."
-    )
-    return Table(caption, ["task", "method", SPLIT, *PROTOCOLS, "diverged", "learning rate"], rows)
+    arms: Arms = {(TASKS[task], LOOKS[name].label): runs for task, of in tasks.items() for name, runs in of.items()}
+    return joint_scores("Study B, MPNet-base at r2", arms)
 
 
 def differences(tasks: Mapping[str, Runs]) -> Table:
@@ -70,8 +52,8 @@ def differences(tasks: Mapping[str, Runs]) -> Table:
                 cells = [f"{np.mean(values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]", str(len(values))]
                 rows.append([TASKS[task], LOOKS[method].label, *cells, decided])
     caption = (
-        f"Study B: paired differences in points on {SPLIT}, positive where IncreLoRA is better, with {LEVEL:.2%} t "
-        "intervals (four arms). A verdict needs the same side of 0 on CoLA and on STS-B."
+        f"Study B: paired differences in points on {selection.JOINT}, positive where IncreLoRA is better, with "
+        f"{LEVEL:.2%} t intervals (four arms). A verdict needs the same side of 0 on CoLA and on STS-B."
     )
     return Table(caption, ["task", "IncreLoRA minus", "difference [interval]", "seeds", "verdict"], rows)
 
@@ -87,7 +69,7 @@ def verdict(tasks: Mapping[str, Runs], method: str) -> str:
 
 
 def _difference(arms: Runs, method: str) -> tuple[list[float], comparison.Interval]:
-    given = {name: primary(arms[name]) for name in ("increlora", method)}
+    given = {name: selection.primary(arms[name]) for name in ("increlora", method)}
     values = list(comparison.paired_differences(given, "increlora", method).values())
     return values, comparison.interval(values, method="t", level=LEVEL)
 
@@ -147,33 +129,12 @@ def published_allocation(path: Path) -> Published:
 def built(runs: Sequence[Run], published: Published) -> dict[str, Table]:
     """Name -> table, of the study's runs."""
     tasks = complete(runs)
+    trials = [
+        r for r in runs if r["run"]["seed"] == TUNING_SEED and r["run"]["method"] in tasks.get(r["run"]["task"], ())
+    ]
     return {
         EXPERIMENT: scores(tasks),
         f"{EXPERIMENT}_differences": differences(tasks),
         f"{EXPERIMENT}_allocation": allocation(tasks, published),
-        f"{EXPERIMENT}_learning_rates": learning_rates(runs),
+        f"{EXPERIMENT}_learning_rates": learning_rates("Study B", trials),
     }
-
-
-def learning_rates(runs: Sequence[Run]) -> Table:
-    """The last step's score on the held-out tenth by learning rate; the chosen one in bold, a cut arm is left out."""
-    cells: dict[tuple[str, str], dict[float, float]] = {}
-    for run in runs:
-        if run["run"]["seed"] == TUNING_SEED:
-            rate = run["config"]["train"]["learning_rate"]
-            score = run["curve"][-1]["scores"]["holdout"]["score"] if run["status"] == "finished" else float("-inf")
-            cells.setdefault((run["run"]["task"], run["run"]["method"]), {})[rate] = 100 * score
-    rows = []
-    for task, arms in complete(runs).items():
-        for method in arms:
-            by_rate = sorted(cells[task, method].items())
-            best = max(by_rate, key=lambda item: item[1])
-            texts = [(rate, f"**{score:.2f}**" if (rate, score) == best else f"{score:.2f}") for rate, score in by_rate]
-            shown = [f"{rate:g}: {text}" for rate, text in texts]
-            edge = "yes" if best in (by_rate[0], by_rate[-1]) else ""
-            rows.append([TASKS[task], LOOKS[method].label, *shown, *[""] * (3 - len(shown)), edge])
-    caption = (
-        f"Study B: learning rate: score of the last step on the held-out tenth of train, seed {TUNING_SEED} (per "
-        "cent); the best is used for all other seeds. Edge: the best rate is the lowest or the highest of its grid."
-    )
-    return Table(caption, ["task", "method", "trial", "trial", "trial", "edge"], rows)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from increlora.analysis import selection, sequential
+from increlora.analysis import comparison, selection, sequential
+from increlora.analysis.looks import LOOKS, TASKS
 from increlora.analysis.selection import Run
-from increlora.analysis.sequential import UNDECIDED, Estimate, Plan
+from increlora.analysis.sequential import HELPS, UNDECIDED, WORDS, Estimate, Plan
+from increlora.analysis.study_tables import joint_scores, learning_rates
+from increlora.analysis.tables import Table
 from increlora.errors import UserError
 
 Scores = dict[tuple[str, str], dict[int, float]]  # (task, method) -> seed -> score in points
@@ -122,3 +125,71 @@ def progress(plan: Plan, runs: Runs) -> Progress:
         return Progress(None, plan.sizes(plan.seeds), [State(name, {}, [], UNDECIDED, 0) for name in plan.controls])
     sizes = plan.sizes(sequential.needed_seeds(plan, sd))
     return Progress(sd, sizes, [state(plan, runs.compared, name, sd, sizes) for name in plan.controls])
+
+
+# tables
+
+
+def tables(plan: Plan, runs: Iterable[Run]) -> dict[str, Table]:
+    """Name -> table, of the study's runs; empty before the first look."""
+    found = selection.of_experiment(runs, plan.experiment)
+    now = progress(plan, read(plan, found))
+    if not any(state.looks for state in now.states):
+        return {}
+    seen = {task: max(len(state.used.get(task, ())) for state in now.states) for task in plan.seeds}
+    arms: dict[tuple[str, ...], dict[int, Run]] = {}
+    for task in plan.seeds:
+        for method in (plan.method, *plan.controls):
+            arms[TASKS[task], LOOKS[method].label] = {
+                run["run"]["seed"]: run for run in found
+                if (run["run"]["task"], run["run"]["method"]) == (task, method)
+                and plan.first_seed <= run["run"]["seed"] < plan.first_seed + seen[task]
+            }  # fmt: skip
+    trials = [run for run in found if run["run"]["seed"] in plan.tuning_seeds]
+    return {
+        plan.experiment: joint_scores(plan.about, arms),
+        f"{plan.experiment}_outcomes": outcomes(plan, now),
+        f"{plan.experiment}_learning_rates": learning_rates(plan.about, trials),
+    }
+
+
+def outcomes(plan: Plan, now: Progress) -> Table:
+    """Every control: its outcome, the mean over the tasks with the interval of the looks, and every task alone."""
+    rows = []
+    for state in now.states:
+        cells = [LOOKS[state.control].label, word(plan, state)]
+        if state.looks:
+            last = state.looks[-1]
+            low, high = last.interval(plan.bounds()[0][len(state.looks) - 1])
+            alone = []
+            for values in state.used.values():
+                span = comparison.interval(values, method="t")
+                alone.append(f"{values.mean():+.2f} [{span.low:+.2f}, {span.high:+.2f}] ({len(values)})")
+            cells += [f"{len(state.looks)} of {plan.looks}", f"{last.mean:+.2f} [{low:+.2f}, {high:+.2f}]", *alone]
+        rows.append([*cells, *[""] * (4 + len(plan.seeds) - len(cells))])
+    method = LOOKS[plan.method].label
+    caption = (
+        f"{method} minus each control in points on {plan.split}, positive where {method} is better: the mean over the "
+        f"tasks, weighted by precision, with the repeated interval of the looks; every task alone with its 95 % t "
+        f"interval (seeds). Does not help: the mean lies within {plan.margin} points of 0."
+    )
+    columns = [f"{method} against", "outcome", "look", "mean over tasks", *(TASKS[task] for task in plan.seeds)]
+    return Table(caption, columns, rows)
+
+
+def word(plan: Plan, state: State) -> str:
+    """The outcome of a control in words."""
+    if not state.looks:
+        return "no look yet"
+    return WORDS[state.outcome] if state.at or len(state.looks) == plan.looks else "not decided yet"
+
+
+def verdict(plan: Plan, runs: Iterable[Run], control: str) -> str:
+    """What the study says of "better than this control": supported, contradicted, undecided or not run here."""
+    found = selection.of_experiment(runs, plan.experiment)
+    if not found:
+        return "not run here"
+    (state,) = (state for state in progress(plan, read(plan, found)).states if state.control == control)
+    if state.outcome == UNDECIDED:
+        return "undecided"
+    return "supported" if state.outcome == HELPS else "contradicted"

@@ -13,6 +13,7 @@ RESULTS = Path(os.environ.get("INCRELORA_RESULTS", Path(__file__).resolve().pare
 EXPERIMENTS = ("minilm_study", "minilm_comparison", "minilm_5_epochs")  # what is shown, the first that has it
 TUNING_SEED = 40  # chose the learning rates of the study, and so is in no figure
 PROTOCOLS = ("last", "best", "clean")
+JOINT = "dev+holdout"  # dev and held-out examples together: what the last step of studies A to C is scored on
 
 Run = Mapping[str, Any]  # the content of a result file
 Runs = dict[str, dict[int, Run]]  # method -> seed -> run
@@ -116,6 +117,11 @@ def source_of(panels: Mapping[str, Runs]) -> str:
 
 
 # what is read from them
+
+
+def primary(runs: Mapping[int, Run]) -> dict[int, float]:
+    """Seed -> the last step's score on dev and held-out examples together, times 100."""
+    return {seed: 100 * run["scores"]["last"]["metrics"][JOINT]["score"] for seed, run in runs.items()}
 
 
 def scores(runs: Mapping[int, Run], protocol: str) -> dict[int, float]:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from increlora.analysis import comparison
-from increlora.analysis.base_size import SPLIT
+from increlora.analysis import comparison, selection
+from increlora.analysis.looks import LOOKS
 from increlora.analysis.selection import Run
+from increlora.analysis.study_tables import Arms, joint_scores, learning_rates
 from increlora.analysis.tables import Table
 
 EXPERIMENT = "study_c"
 MARGIN = 0.3  # points: an interval within it says that there is no effect
 SIX, EIGHT = range(47, 53), range(47, 55)
+TUNING = (45, 46)  # seeds that chose learning rates
 Values = dict[int, float]  # by seed
 
 
@@ -68,7 +70,7 @@ class Study:
         if method in ("lora", "adalora"):  # these have none of IncreLoRA's switches
             wanted.pop("orthogonality")
         found = [run for told, run in self.runs if all(told[key] == value for key, value in wanted.items())]
-        return {run["run"]["seed"]: 100 * run["scores"]["last"]["metrics"][SPLIT]["score"] for run in found}
+        return selection.primary({run["run"]["seed"]: run for run in found})
 
     def over_lora(self, **changes: object) -> Values:
         return minus(self.arm("increlora", **changes), self.arm("lora", **changes))
@@ -158,17 +160,86 @@ def verdict(runs: Sequence[Run], part: str) -> str:
     return "supported" if set(words) == {"supported"} else "undecided"
 
 
-def table(runs: Sequence[Run]) -> Table:
+# tables
+
+COLUMNS = ("train", "budget", "arm")
+SWITCHES = {"orthogonality": "orthogonality", "advance": "advance learning", "restart": "restart warmup"}
+FULL = LOOKS["increlora"].label
+
+
+def cells(run: Run) -> tuple[str, ...]:
+    """The share of train that is learnt from, the budget, and the arm in words."""
+    told, task = features(run), run["config"]["task"]
+    arm = LOOKS[str(told["method"])].label
+    if told["map"]:
+        arm = f"{arm} of {LOOKS[str(told['map'])].label}"
+    if told["method"] == "increlora" and (off := [word for key, word in SWITCHES.items() if not told[key]]):
+        arm = f"{arm} without {', '.join(off)}"
+    if told["authors"]:
+        arm = f"{arm} as the authors switch it, their AdamW"
+    return f"{task.get('train_fraction', 1.0) * (1 - task['holdout']):.0%}", str(told["budget"]), arm
+
+
+def place(row: tuple[str, ...]) -> tuple[int, int, str]:
+    """A key to sort arms by."""
+    share, budget, arm = row
+    return -int(share.rstrip("%")), int(budget.lstrip("r")), arm if arm != FULL else ""
+
+
+def complete(runs: Sequence[Run]) -> Arms:
+    """Arm -> seed -> run, of the arms that have every seed; without the runs of Figure 5."""
+    arms: dict[tuple[str, ...], dict[int, Run]] = {}
+    for run in runs:
+        if run["run"]["seed"] in EIGHT and not features(run)["often"]:
+            arms.setdefault(cells(run), {})[run["run"]["seed"]] = run
+    return {row: arms[row] for row in sorted(arms, key=place) if set(SIX) <= set(arms[row])}
+
+
+def differences(arms: Arms) -> Table:
+    """IncreLoRA of the same budget and data minus every other arm."""
+    rows = []
+    for row, runs in arms.items():
+        whole = (*row[:2], FULL)
+        if row != whole and whole in arms:
+            values = list(minus(selection.primary(arms[whole]), selection.primary(runs)).values())
+            rows.append([*row, difference_text(values), str(len(values))])
+    caption = (
+        f"Study C: paired differences in points on {selection.JOINT} with 95 % t intervals, positive where IncreLoRA "
+        "of the same budget and data is better. They are described; the tests of the protocol stand apart."
+    )
+    return Table(caption, [*COLUMNS, "difference [interval]", "seeds"], rows)
+
+
+def difference_text(values: Sequence[float]) -> str:
+    interval = comparison.interval(values, method="t")
+    return f"{np.mean(values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def built(runs: Sequence[Run]) -> dict[str, Table]:
+    """Name -> table, of the study's runs; empty before an arm is complete."""
+    arms = complete(runs)
+    if not arms:
+        return {}
+    trials = [run for run in runs if run["run"]["seed"] in TUNING and cells(run) in arms]
+    trials.sort(key=lambda run: place(cells(run)))
+    return {
+        EXPERIMENT: joint_scores("Study C, MiniLM on STS-B", arms, COLUMNS),
+        f"{EXPERIMENT}_tests": tests(runs),
+        f"{EXPERIMENT}_differences": differences(arms),
+        f"{EXPERIMENT}_learning_rates": learning_rates("Study C", trials, cells, COLUMNS),
+    }
+
+
+def tests(runs: Sequence[Run]) -> Table:
     """Every test that can be made."""
     rows = []
     for outcome in (outcome for part in TESTS for outcome in outcomes(runs, part)):
-        interval = comparison.interval(outcome.values, method="t")
-        difference = f"{np.mean(outcome.values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
         rows.append([
-            outcome.part, outcome.question, difference, str(len(outcome.values)), f"{outcome.p:.3f}", outcome.word,
+            outcome.part, outcome.question, difference_text(outcome.values), str(len(outcome.values)),
+            f"{outcome.p:.3f}", outcome.word,
         ])  # fmt: skip
     caption = (
-        f"Study C, MiniLM on STS-B: paired differences in points on {SPLIT} with 95 % t intervals; p of sign-flip "
-        f"tests (Table 2: Holm's). No effect: the interval lies within {MARGIN} points of 0."
+        f"Study C, MiniLM on STS-B: paired differences in points on {selection.JOINT} with 95 % t intervals; p of "
+        f"sign-flip tests (Table 2: Holm's). No effect: the interval lies within {MARGIN} points of 0."
     )
     return Table(caption, ["part", "test", "difference [interval]", "seeds", "p", "outcome"], rows)

@@ -1,16 +1,20 @@
 """The tables of a study: scores, paired differences, learning rates, and IncreLoRA without its parts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from increlora.analysis import comparison, selection
 from increlora.analysis.looks import LOOKS, TASKS, position
-from increlora.analysis.selection import PROTOCOLS, Run, Runs
+from increlora.analysis.selection import JOINT, PROTOCOLS, Run, Runs
 from increlora.analysis.tables import Table, interval_text, spread
 from increlora.result_files import last_score
 
 ABLATION = ("raw_growth", "only_orthogonality", "only_advance_learning", "only_restart_warmup", "no_orthogonality",
             "no_advance_learning", "no_restart_warmup")  # fmt: skip
 CONTROLS = ("random_growth", "uniform")  # what the study asks about
+ARM = ("task", "method")  # columns that name an arm, in most studies
+
+Arms = Mapping[tuple[str, ...], Mapping[int, Run]]  # what names an arm, one text per column -> seed -> run
 
 
 def study(experiment: str, tasks: Mapping[str, Runs]) -> dict[str, Table]:
@@ -86,25 +90,60 @@ def _difference(methods: Runs, other: str) -> list[str]:
     return [f"{last.mean:+.2f}{span}", f"{last.p:.3f}", str(len(last.seeds)), needed, *means]
 
 
-def learning_rates(experiment: str, trials: Iterable[Run]) -> Table:
-    """Score of the last step on the held-out tenth by learning rate; the chosen one in bold."""
-    found: dict[tuple[str, str], dict[float, float]] = {}
-    for run in trials:
-        found.setdefault((run["run"]["task"], run["run"]["method"]), {})[_rate(run)] = 100 * last_score(run, "holdout")
-    rows = []
-    for (task, method), by_rate in sorted(found.items(), key=lambda item: _order(*item[0])):
-        best = max(by_rate, key=by_rate.__getitem__)
-        cells = [f"{rate:g}: {f'**{s:.2f}**' if rate == best else f'{s:.2f}'}" for rate, s in sorted(by_rate.items())]
-        rows.append([TASKS[task], LOOKS[method].label, *cells, *[""] * (3 - len(cells))])
+def joint_scores(name: str, arms: Arms, columns: Sequence[str] = ARM) -> Table:
+    """One row per arm: the primary number of studies A to C, the usual three on dev, and the chosen rate."""
+    rows = [
+        [*cells, spread(selection.primary(runs).values()),
+         *(spread(selection.scores(runs, p).values()) for p in PROTOCOLS), _diverged(runs),
+         _one(map(_rate, runs.values()))]
+        for cells, runs in arms.items()
+    ]  # fmt: skip
     caption = (
-        f"{experiment}: learning rate: score of the last step on the held-out tenth of train, seed "
-        f"{selection.TUNING_SEED} (per cent); the best is used for all other seeds."
+        f"{name}: mean ± SD over seeds (number of seeds), per cent. {JOINT} is the primary number: the last step on "
+        "dev and held-out examples together. last, best and clean are on dev alone."
     )
-    return Table(caption, ["task", "method", "trial", "trial", "trial"], rows)
+    return Table(caption, [*columns, JOINT, *PROTOCOLS, "diverged", "learning rate"], rows)
 
 
-def _order(task: str, method: str) -> tuple[tuple[int, str], tuple[int, str]]:
-    return position(task, TASKS), position(method, LOOKS)
+def task_and_method(run: Run) -> tuple[str, ...]:
+    """The arm of a run, in most studies."""
+    return TASKS[run["run"]["task"]], LOOKS[run["run"]["method"]].label
+
+
+def learning_rates(
+    name: str,
+    trials: Iterable[Run],
+    arm: Callable[[Run], tuple[str, ...]] = task_and_method,
+    columns: Sequence[str] = ARM,
+) -> Table:
+    """Score of the last step on held-out examples by learning rate, the chosen one in bold.
+
+    Args:
+        arm: the first cells of the row of a run, one for each column; rows come in the order of tasks and methods, then
+            as the trials are given.
+    """
+    trials = sorted(trials, key=_in_order)
+    found: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    for run in trials:
+        found.setdefault(arm(run), {}).setdefault(_rate(run), []).append(100 * last_score(run, "holdout"))
+    rows, most = [], max((len(by_rate) for by_rate in found.values()), default=0)
+    for cells, by_rate in found.items():
+        means = {rate: statistics.fmean(by_rate[rate]) for rate in sorted(by_rate)}
+        best = max(means, key=means.__getitem__)
+        shown = [f"{rate:g}: {f'**{mean:.2f}**' if rate == best else f'{mean:.2f}'}" for rate, mean in means.items()]
+        edge = "yes" if len(means) > 1 and best in (min(means), max(means)) else ""
+        rows.append([*cells, *shown, *[""] * (most - len(shown)), edge])
+    seeds = ", ".join(map(str, sorted({run["run"]["seed"] for run in trials})))
+    caption = (
+        f"{name}: learning rate: score of the last step on held-out examples of train, seed {seeds} (per cent, a mean "
+        "over seeds); the best is used for all other seeds. Edge: the best rate is the lowest or the highest of its "
+        "grid."
+    )
+    return Table(caption, [*columns, *["trial"] * most, "edge"], rows)
+
+
+def _in_order(run: Run) -> tuple[tuple[int, str], tuple[int, str]]:
+    return position(run["run"]["task"], TASKS), position(run["run"]["method"], LOOKS)
 
 
 def _rate(run: Run) -> float:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from increlora.analysis import study_c
+from increlora.analysis import selection, study_c
 
 NOISE = (
     0.0,
@@ -33,7 +33,7 @@ def run(seed, score, method="increlora", budget="r2", pattern=None, fraction=Non
             "train": {"adamw": "torch", "eval_interval": 500},
             "task": task,
         },
-        "scores": {"last": {"metrics": {study_c.SPLIT: {"score": shown / 100}}}},
+        "scores": {"last": {"metrics": {selection.JOINT: {"score": shown / 100}}}},
     }
 
 
@@ -80,7 +80,7 @@ def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
     }
     assert study_c.outcomes(runs, "Table 2")[0].p == pytest.approx(3 * 2 / 2**8)  # Holm's, of three
     assert study_c.verdict(runs, "Table 2") == "contradicted"
-    assert len(study_c.table(runs).rows) == 3
+    assert len(study_c.tests(runs).rows) == 3
 
 
 def test_table_3_by_hand():
@@ -93,6 +93,33 @@ def test_table_3_by_hand():
         *seeds(6, 10, method="shuffled_pattern", pattern=maps["adalora"]),
     ]  # fmt: skip
     assert list(told(runs, "Table 3").values()) == [(1.0, "supported"), (1.0, "supported"), (0.5, "supported")]
+
+
+def test_every_arm_has_a_row_with_its_difference_to_increlora_and_its_rates():
+    maps = "runs/minilm/r2/adalora/stsb/x/seed47"
+    runs = [
+        *seeds(6, 82), *seeds(6, 80, method="lora"), *seeds(8, 81.5, advance_learning=False, orth_weight=0.0),
+        *seeds(6, 81, method="shuffled_pattern", pattern=maps), *seeds(6, 70, fraction=0.04),
+        *seeds(6, 69, method="uniform", fraction=0.04), *seeds(5, 90, budget="r16"),
+    ]  # fmt: skip
+    trial = {"status": "finished", "curve": [{"scores": {"holdout": {"score": 0.5}}}]}
+    runs.append(run(47, 82) | {"run": runs[0]["run"] | {"seed": 45}} | trial)
+    for result in runs:
+        result["scores"]["last"]["score"] = 0.8
+        result["scores"] |= dict.fromkeys(("best", "clean"), result["scores"]["last"])
+        result["run"]["task"], result["config"]["train"]["learning_rate"] = "stsb", 3e-3
+        result.setdefault("status", "finished")
+    made = study_c.built(runs)
+    arms = [
+        ["90%", "r2", "IncreLoRA"], ["90%", "r2", "IncreLoRA without orthogonality, advance learning"],
+        ["90%", "r2", "LoRA"], ["90%", "r2", "shuffled pattern of AdaLoRA"], ["2%", "r2", "IncreLoRA"],
+        ["2%", "r2", "uniform ranks"],
+    ]  # fmt: skip
+    assert [row[:3] for row in made["study_c"].rows] == arms  # r16 lacks a seed
+    shown = {tuple(row[:3]): row[3] for row in made["study_c_differences"].rows}
+    assert set(shown) == {tuple(arm) for arm in arms if arm[2] != "IncreLoRA"}
+    assert shown["2%", "r2", "uniform ranks"] == "+1.00 [+1.00, +1.00]"
+    assert made["study_c_learning_rates"].rows == [["90%", "r2", "IncreLoRA", "0.003: **50.00**", ""]]
 
 
 def test_the_runs_of_figure_5_are_in_no_test():

@@ -41,6 +41,7 @@ def write(folder: Path, task: str, method: str, seed: int, score: float, rate: f
         "scores": {
             "last": {"score": 0.1, "step": 1, "metrics": {"dev": {"score": 0.1}, "dev+holdout": {"score": score}}}
         },
+        "curve": [{"step": 1, "scores": {"holdout": {"score": score}}}],
     }
     path = folder / f"{task}-{method}-{rate}" / f"seed{seed}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -111,6 +112,20 @@ def test_the_mean_and_the_count_of_far_pairs_by_hand(tmp_path):
     found = lines(tmp_path)
     assert any(line.startswith("  stsb: +2.09 [") and line.endswith("10 seeds") for line in found)  # (20 + 9 * .1) / 10
     assert "  pairs more than 10 points apart: stsb 1" in found
+
+
+def test_the_tables_and_the_verdicts_say_the_same(tmp_path):
+    assert decision.tables(PLAN, []) == {} and decision.verdict(PLAN, [], "uniform") == "not run here"
+    study(tmp_path, {"random_growth": 1.0, "uniform": 0.0}, range(47, 77))
+    runs = result_files.load_runs(tmp_path)
+    rows = {row[0]: row[1:] for row in decision.tables(PLAN, runs)["trial_outcomes"].rows}
+    assert rows["random growth"][:2] == ["helps", "1 of 3"] and rows["uniform ranks"][0] == "does not help"
+    assert rows["random growth"][3].endswith("(10)") and rows["random growth"][4].endswith("(6)")
+    found = lines(tmp_path)
+    mean = next(line for line in found[found.index("against random_growth: helps, look 1 of 3") :] if "mean" in line)
+    assert rows["random growth"][2] in mean
+    words = {"random_growth": "supported", "uniform": "contradicted"}
+    assert {control: decision.verdict(PLAN, runs, control) for control in words} == words
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
