@@ -184,11 +184,11 @@ class Training:
         # main memory has only a peak of the whole process, which after another run in it may be the other one's
         self.measures_memory = self.device.type == "cuda" or not Training.begun
         Training.begun = True
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(derive_seed(settings.seed, "dropout", distributed.rank()))
         self.start_ranks = method.ranks()
         model.to(self.device)
+        if self.device.type == "cuda":  # after the first use of the GPU, without which torch has no statistics
+            torch.cuda.reset_peak_memory_stats(self.device)
         if settings.autocast_dtype is not None:
             surgery.hold_frozen_layers_in(model, settings.autocast_dtype)
         self.optimizer = make_optimizer(model, method, settings)
