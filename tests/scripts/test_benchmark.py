@@ -116,6 +116,19 @@ def test_whole_runs_and_frozen_weights(tmp_path):
     assert "| peak of a run, increlora, MB |" in printed
 
 
+def test_many_results_are_collected_and_tabulated_beside_the_repository(capsys, monkeypatch):
+    script = load(ROOT / "scripts" / "benchmark_results.py")
+    monkeypatch.setattr(sys, "argv", ["benchmark_results.py", "--results", "3"])
+    before = sorted((ROOT / "results").rglob("*"))
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["scripts/collect.py", "3", "results:"], ["scripts/tables.py", "3", "results:"],
+    ]  # fmt: skip
+    assert all(float(line.split()[-2]) > 10 for line in lines[1:])  # MB
+    assert sorted((ROOT / "results").rglob("*")) == before
+
+
 def test_a_measurement_says_what_it_ran_on_without_folders():
     about = machine.describe(["/a/b/benchmark.py", "--data", "/x/glue", "--json=/y/z.json"], "cpu")
     assert about["command"] == "python scripts/benchmark.py --data glue --json=z.json"
