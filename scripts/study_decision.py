@@ -17,6 +17,7 @@ from increlora import result_files
 from increlora.analysis import comparison, decision, sequential
 from increlora.analysis.decision import Progress, State
 from increlora.analysis.sequential import Plan
+from increlora.analysis.tables import with_interval
 from increlora.errors import UserError
 from increlora.glue.config import guarded, read_study
 
@@ -34,11 +35,11 @@ def told(plan: Plan, found: State) -> Iterator[str]:
     now, (different, same) = found.looks[-1], (bounds[taken - 1] for bounds in plan.bounds())
     low, high = now.interval(different)
     within = min(now.z(-plan.margin), -now.z(plan.margin))
-    yield f"  mean over these tasks {now.mean:+.2f} [{low:+.2f}, {high:+.2f}] (repeated interval)"
+    yield f"  mean over these tasks {with_interval(now.mean, low, high)} (repeated interval)"
     yield f"  z {now.z():+.2f}, bound {different:.2f}; within {plan.margin} points: z {within:.2f}, bound {same:.2f}"
     for task, values in found.used.items():
         span = comparison.interval(values)
-        yield f"  {task}: {values.mean():+.2f} [{span.low:+.2f}, {span.high:+.2f}], {len(values)} seeds"
+        yield f"  {task}: {with_interval(values.mean(), span.low, span.high)}, {len(values)} seeds"
     yield from beside(plan, found)
 
 
@@ -47,7 +48,7 @@ def beside(plan: Plan, found: State) -> Iterator[str]:
     across = sequential.across_tasks(found.used)
     differ = "the tasks differ" if across.p < 0.05 else "no difference between tasks shown"
     yield (
-        f"  tasks in general (random effect): {across.mean:+.2f} [{across.low:+.2f}, {across.high:+.2f}], "
+        f"  tasks in general (random effect): {with_interval(across.mean, across.low, across.high)}, "
         f"SD between tasks {across.sd:.2f}; {differ} (p = {across.p:.3f})"
     )
     far = {task: values[np.abs(values) > FAR] for task, values in found.used.items()}

@@ -62,13 +62,7 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
     of_base_size = selection.of_experiment(runs, base_size.EXPERIMENT)
     if of_base_size:
         found |= base_size.built(of_base_size, allocation)
-    found |= study_c.built(selection.of_experiment(runs, study_c.EXPERIMENT))
-    return found | decision.tables(study_a(), runs)
-
-
-def study_a() -> Plan:
-    """The plan of the study of what allocation is worth."""
-    return Plan.of(config.read_study("study_a"), "study_a")
+    return found | study_c.built(selection.of_experiment(runs, study_c.EXPERIMENT))
 
 
 def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
@@ -87,10 +81,12 @@ def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
         measured = json.loads(path.read_text(encoding="utf-8"))
         content[f"benchmark_{path.stem}"] = benchmark_table(measured) + "\n"
     files = {TABLES / f"{name}.md": text for name, text in content.items()}
-    for name, table in built(runs).items():
+    plan = Plan.of(config.read_study("study_a"), "study_a")
+    study_a = decision.progress(plan, decision.read(plan, runs))
+    for name, table in (built(runs) | decision.tables(plan, study_a, runs)).items():
         content[name] = table.markdown()
         files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
-    evidence = Evidence(runs, base_size.published_allocation(ALLOCATION), study_a())
+    evidence = Evidence(runs, base_size.published_allocation(ALLOCATION), study_a)
     content["claims"] = claims(evidence).markdown()  # its links lead from docs/
     for name, text in content.items():
         pages = {path: insert(page, name, text.rstrip()) for path, page in pages.items()}

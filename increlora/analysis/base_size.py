@@ -13,7 +13,7 @@ from increlora.analysis import comparison, selection
 from increlora.analysis.looks import LOOKS, TASKS
 from increlora.analysis.selection import Run, Runs
 from increlora.analysis.study_tables import Arms, joint_scores, learning_rates
-from increlora.analysis.tables import Table
+from increlora.analysis.tables import Table, with_interval
 
 EXPERIMENT = "study_b"
 SEEDS = (41, 42, 43, 44, 45)
@@ -49,7 +49,7 @@ def differences(tasks: Mapping[str, Runs]) -> Table:
             if method != "increlora" and "increlora" in arms:
                 values, interval = _difference(arms, method)
                 decided = verdict(tasks, method) if task in DECIDING else "described"
-                cells = [f"{np.mean(values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]", str(len(values))]
+                cells = [with_interval(np.mean(values), interval.low, interval.high), str(len(values))]
                 rows.append([TASKS[task], LOOKS[method].label, *cells, decided])
     caption = (
         f"Study B: paired differences in points on {selection.JOINT}, positive where IncreLoRA is better, with "

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from increlora.analysis import base_size, decision, selection, study_c
+from increlora.analysis.decision import Progress
 from increlora.analysis.selection import Run, Runs
-from increlora.analysis.sequential import Plan
 from increlora.analysis.tables import Table
 
 VERDICTS = ("supported", "contradicted", "undecided", "not run here")
@@ -37,11 +37,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The committed runs, the published allocation, the plan of study A."""
+    """The committed runs, the published allocation, where study A stands."""
 
     runs: Sequence[Run]
     published: base_size.Published
-    study_a: Plan
+    study_a: Progress
 
     @property
     def base_size(self) -> dict[str, Runs]:
@@ -90,7 +90,11 @@ def follows_the_published_map(axis: str) -> Callable[[Evidence], str]:
 
 def of_study_a(control: str) -> Callable[[Evidence], str]:
     """What study A says of a control by its rule."""
-    return lambda evidence: decision.verdict(evidence.study_a, evidence.runs, control)
+
+    def decide(evidence: Evidence) -> str:
+        return decision.verdict(evidence.study_a, control) if evidence.runs_of("study_a") else "not run here"
+
+    return decide
 
 
 def of_study_c(part: str) -> Callable[[Evidence], str]:

@@ -11,7 +11,7 @@ from increlora.analysis.looks import LOOKS, TASKS
 from increlora.analysis.selection import Run
 from increlora.analysis.sequential import HELPS, UNDECIDED, WORDS, Estimate, Plan
 from increlora.analysis.study_tables import joint_scores, learning_rates
-from increlora.analysis.tables import Table
+from increlora.analysis.tables import Table, with_interval
 from increlora.errors import UserError
 
 Scores = dict[tuple[str, str], dict[int, float]]  # (task, method) -> seed -> score in points
@@ -38,17 +38,8 @@ def read(plan: Plan, runs: Iterable[Run]) -> Runs:
         scores = found.trials.setdefault(rate, {}) if seed in plan.tuning_seeds else found.compared
         if seed in scores.setdefault(cell, {}):
             raise UserError(f"{' '.join(cell)} has two runs with seed {seed}; keep the one that is meant")
-        scores[cell][seed] = 100 * last_score(run, plan.split)
+        scores[cell][seed] = selection.points(run, plan.split)
     return found
-
-
-def last_score(run: Run, split: str) -> float:
-    """The score of the last step on a split; of a diverged run, of its last evaluation."""
-    try:
-        return run["scores"]["last"]["metrics"][split]["score"]
-    except KeyError:
-        name = " ".join(str(run["run"][key]) for key in ("task", "method", "seed"))
-        raise UserError(f"{name}: no score on {split} at the last step, which is what the study compares") from None
 
 
 def pilot(plan: Plan, trials: Mapping[float, Scores]) -> dict[str, float] | None:
@@ -130,10 +121,9 @@ def progress(plan: Plan, runs: Runs) -> Progress:
 # tables
 
 
-def tables(plan: Plan, runs: Iterable[Run]) -> dict[str, Table]:
+def tables(plan: Plan, now: Progress, runs: Iterable[Run]) -> dict[str, Table]:
     """Name -> table, of the study's runs; empty before the first look."""
     found = selection.of_experiment(runs, plan.experiment)
-    now = progress(plan, read(plan, found))
     if not any(state.looks for state in now.states):
         return {}
     seen = {task: max(len(state.used.get(task, ())) for state in now.states) for task in plan.seeds}
@@ -164,8 +154,8 @@ def outcomes(plan: Plan, now: Progress) -> Table:
             alone = []
             for values in state.used.values():
                 span = comparison.interval(values, method="t")
-                alone.append(f"{values.mean():+.2f} [{span.low:+.2f}, {span.high:+.2f}] ({len(values)})")
-            cells += [f"{len(state.looks)} of {plan.looks}", f"{last.mean:+.2f} [{low:+.2f}, {high:+.2f}]", *alone]
+                alone.append(f"{with_interval(values.mean(), span.low, span.high)} ({len(values)})")
+            cells += [f"{len(state.looks)} of {plan.looks}", with_interval(last.mean, low, high), *alone]
         rows.append([*cells, *[""] * (4 + len(plan.seeds) - len(cells))])
     method = LOOKS[plan.method].label
     caption = (
@@ -184,12 +174,9 @@ def word(plan: Plan, state: State) -> str:
     return WORDS[state.outcome] if state.at or len(state.looks) == plan.looks else "not decided yet"
 
 
-def verdict(plan: Plan, runs: Iterable[Run], control: str) -> str:
-    """What the study says of "better than this control": supported, contradicted, undecided or not run here."""
-    found = selection.of_experiment(runs, plan.experiment)
-    if not found:
-        return "not run here"
-    (state,) = (state for state in progress(plan, read(plan, found)).states if state.control == control)
+def verdict(now: Progress, control: str) -> str:
+    """What the study says of "better than this control": supported, contradicted or undecided."""
+    (state,) = (state for state in now.states if state.control == control)
     if state.outcome == UNDECIDED:
         return "undecided"
     return "supported" if state.outcome == HELPS else "contradicted"

@@ -120,8 +120,21 @@ def source_of(panels: Mapping[str, Runs]) -> str:
 
 
 def primary(runs: Mapping[int, Run]) -> dict[int, float]:
-    """Seed -> the last step's score on dev and held-out examples together, times 100."""
-    return {seed: 100 * run["scores"]["last"]["metrics"][JOINT]["score"] for seed, run in runs.items()}
+    """Seed -> the last step's score on dev and held-out examples together, in points."""
+    return {seed: points(run, JOINT) for seed, run in runs.items()}
+
+
+def points(run: Run, split: str) -> float:
+    """The score of the last step on a split, times 100; of a diverged run, of its last evaluation.
+
+    Raises:
+        UserError: the run was not scored on this split.
+    """
+    try:
+        return 100 * run["scores"]["last"]["metrics"][split]["score"]
+    except KeyError:
+        name = " ".join(str(run["run"][key]) for key in ("task", "method", "seed"))
+        raise UserError(f"{name}: no score on {split} at the last step, which is what the study compares") from None
 
 
 def scores(runs: Mapping[int, Run], protocol: str) -> dict[int, float]:

@@ -10,7 +10,7 @@ from increlora.analysis import comparison, selection
 from increlora.analysis.looks import LOOKS
 from increlora.analysis.selection import Run
 from increlora.analysis.study_tables import Arms, joint_scores, learning_rates
-from increlora.analysis.tables import Table
+from increlora.analysis.tables import Table, with_interval
 
 EXPERIMENT = "study_c"
 MARGIN = 0.3  # points: an interval within it says that there is no effect
@@ -212,7 +212,7 @@ def differences(arms: Arms) -> Table:
 
 def difference_text(values: Sequence[float]) -> str:
     interval = comparison.interval(values, method="t")
-    return f"{np.mean(values):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return with_interval(np.mean(values), interval.low, interval.high)
 
 
 def built(runs: Sequence[Run]) -> dict[str, Table]:

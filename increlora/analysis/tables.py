@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -63,6 +63,11 @@ def interval_text(values: Collection[float]) -> str:
         return "n too small"
     interval = comparison.interval(list(values))
     return f"[{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def with_interval(mean: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:
+    """A difference and its interval: `+0.31 [-0.10, +0.72]`."""
+    return f"{float(mean):+.2f} [{float(low):+.2f}, {float(high):+.2f}]"
 
 
 # one row per run

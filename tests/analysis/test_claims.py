@@ -2,15 +2,17 @@
 
 from test_base_size import OURS, PUBLISHED, arm
 
+from increlora.analysis import decision
 from increlora.analysis.claims import CLAIMS, VERDICTS, Evidence, claims
 from increlora.analysis.sequential import Plan
 from increlora.glue import config
 
 PLAN = Plan.of(config.read_study("study_a"), "study_a")
+STUDY_A = decision.progress(PLAN, decision.read(PLAN, []))
 
 
 def verdicts(*runs) -> list[str]:
-    return [claim.verdict(Evidence(runs, PUBLISHED, PLAN)) for claim in CLAIMS]
+    return [claim.verdict(Evidence(runs, PUBLISHED, STUDY_A)) for claim in CLAIMS]
 
 
 def test_without_runs_nothing_is_claimed():
@@ -28,7 +30,7 @@ def test_the_runs_decide():
     runs += arm("increlora", OURS, "rte", added=(1, 1, 2, 0, 1, 1))  # kinds as published, layers the other way round
     found = verdicts(*runs)
     assert set(found) <= set(VERDICTS)
-    table = {(row[0], row[1]): row[3] for row in claims(Evidence(runs, PUBLISHED, PLAN)).rows}
+    table = {(row[0], row[1]): row[3] for row in claims(Evidence(runs, PUBLISHED, STUDY_A)).rows}
     assert table["Table 1, Figure 1", "better than LoRA at equal budget"] == "**supported**"
     assert table["Table 1, Figure 1", "better than AdaLoRA at equal budget"] == "**contradicted**"
     assert table["Figure 2", "ranks of single matrices grow beyond the cap that pruning starts from"] == "**supported**"

@@ -115,17 +115,19 @@ def test_the_mean_and_the_count_of_far_pairs_by_hand(tmp_path):
 
 
 def test_the_tables_and_the_verdicts_say_the_same(tmp_path):
-    assert decision.tables(PLAN, []) == {} and decision.verdict(PLAN, [], "uniform") == "not run here"
+    nothing = decision.progress(PLAN, decision.read(PLAN, []))
+    assert decision.tables(PLAN, nothing, []) == {} and decision.verdict(nothing, "uniform") == "undecided"
     study(tmp_path, {"random_growth": 1.0, "uniform": 0.0}, range(47, 77))
     runs = result_files.load_runs(tmp_path)
-    rows = {row[0]: row[1:] for row in decision.tables(PLAN, runs)["trial_outcomes"].rows}
+    now = decision.progress(PLAN, decision.read(PLAN, runs))
+    rows = {row[0]: row[1:] for row in decision.tables(PLAN, now, runs)["trial_outcomes"].rows}
     assert rows["random growth"][:2] == ["helps", "1 of 3"] and rows["uniform ranks"][0] == "does not help"
     assert rows["random growth"][3].endswith("(10)") and rows["random growth"][4].endswith("(6)")
     found = lines(tmp_path)
     mean = next(line for line in found[found.index("against random_growth: helps, look 1 of 3") :] if "mean" in line)
     assert rows["random growth"][2] in mean
     words = {"random_growth": "supported", "uniform": "contradicted"}
-    assert {control: decision.verdict(PLAN, runs, control) for control in words} == words
+    assert {control: decision.verdict(now, control) for control in words} == words
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
