@@ -1,6 +1,7 @@
 """How to train: steps, rates, batches, precision and device; settings that cannot work are refused."""
 
 import contextlib
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from increlora import distributed
 from increlora.errors import UserError
 from increlora.validation import check_numbers
+
+log = logging.getLogger(__name__)
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,6 +81,12 @@ class Settings:
             )
         if self.precision == "fp16" and self.torch_device.type != "cuda":
             raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or fp32")
+        if self.precision == "bf16" and not multiplies_bf16(self.torch_device):
+            log.warning(
+                "precision=bf16: this %s has no matrix products in bf16, so a step can take many times as long "
+                "as in fp32; use precision=fp32",
+                "GPU" if self.torch_device.type == "cuda" else "processor",
+            )
 
     @property
     def torch_device(self) -> torch.device:
@@ -114,3 +123,10 @@ class Settings:
         """The context in which a forward computes in `precision`."""
         dtype = self.autocast_dtype
         return torch.autocast(self.torch_device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device computes products of bfloat16 matrices; an x86 processor does with AVX-512 and not with AVX2."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"

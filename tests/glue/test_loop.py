@@ -248,6 +248,15 @@ def test_a_gpu_that_is_absent_is_refused():
         settings(precision="fp16")
 
 
+def test_bf16_on_a_processor_without_it_is_told(caplog, monkeypatch):
+    for capability, precision, told in [("AVX2", "bf16", 1), ("AVX2", "fp32", 0), ("AVX512", "bf16", 0)]:
+        with naming((capability, precision)):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+            caplog.clear()
+            settings(precision=precision, device="cpu")
+            assert caplog.text.count("this processor has no matrix products in bf16") == told
+
+
 def test_steps_of_a_run():
     assert settings(batch_size=32, epochs=50).total_steps(2490) == 3900
     assert settings(batch_size=32, epochs=0.5).total_steps(3668) == 58
