@@ -26,10 +26,16 @@ Published = Mapping[str, Mapping[str, float]]  # axis -> kind or layer -> ranks 
 
 
 def complete(runs: Sequence[Run]) -> dict[str, Runs]:
-    """Task -> method -> seed -> run, of the arms that have every seed of the study."""
+    """Task -> method -> seed -> run, of the arms that have every seed of the study.
+
+    Raises:
+        UserError: two runs of one arm and seed, or arms of a seed that did not run alike.
+    """
     found: dict[str, Runs] = {}
     for task in TASKS:
-        arms = selection.by_method(r for r in runs if r["run"]["task"] == task and r["run"]["seed"] in SEEDS)
+        of_task = [run for run in runs if run["run"]["task"] == task and run["run"]["seed"] in SEEDS]
+        selection.ran_alike(of_task)
+        arms = selection.by_method(of_task)
         if whole := {method: seeds for method, seeds in arms.items() if set(seeds) == set(SEEDS)}:
             found[task] = whole
     return found

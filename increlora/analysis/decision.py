@@ -29,10 +29,14 @@ def read(plan: Plan, runs: Iterable[Run]) -> Runs:
     """The scores of the study's runs among these.
 
     Raises:
-        UserError: two runs that would be one, or a run without the split that the study scores.
+        UserError: two runs that would be one, arms of a seed that did not run alike, or a run without the split that
+            the study scores.
     """
+    of_study = selection.of_experiment(runs, plan.experiment)
+    for task in plan.seeds:
+        selection.ran_alike(run for run in of_study if run["run"]["task"] == task)
     found = Runs({}, {})
-    for run in selection.of_experiment(runs, plan.experiment):
+    for run in of_study:
         seed, cell = run["run"]["seed"], (run["run"]["task"], run["run"]["method"])
         rate = run["config"]["train"]["learning_rate"]
         scores = found.trials.setdefault(rate, {}) if seed in plan.tuning_seeds else found.compared

@@ -37,16 +37,48 @@ def by_method(runs: Iterable[Run]) -> Runs:
     Raises:
         UserError: two runs with the same seed.
     """
-    found: Runs = {}
+    arms: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (position(run["run"]["method"], LOOKS), run["run"]["seed"])):
-        method, seed = run["run"]["method"], run["run"]["seed"]
-        if seed in found.setdefault(method, {}):
+        arms.setdefault(run["run"]["method"], []).append(run)
+    return {method: by_seed(found, f"{method} on {found[0]['run']['task']}") for method, found in arms.items()}
+
+
+def by_seed(runs: Iterable[Run], arm: str) -> dict[int, Run]:
+    """Seed -> run of an arm.
+
+    Raises:
+        UserError: two runs with the same seed.
+    """
+    found: dict[int, Run] = {}
+    for run in runs:
+        seed = run["run"]["seed"]
+        if seed in found:
             raise UserError(
-                f"{method} on {run['run']['task']} has two runs with seed {seed} in {experiment(run)}; "
-                "keep the one that is meant in results/runs."
+                f"{arm} has two runs with seed {seed} in {experiment(run)}; keep the one that is meant in results/runs"
             )
-        found[method][seed] = run
+        found[seed] = run
     return found
+
+
+def ran_alike(runs: Iterable[Run]) -> None:
+    """Refuse runs that are compared by seed and differ in precision or in the kind of machine (the CPU, or which GPU).
+
+    Raises:
+        UserError: two runs of a seed do.
+    """
+    first: dict[int, Run] = {}
+    for run in runs:
+        other = first.setdefault(run["run"]["seed"], run)
+        ways = [f"{r['run']['method']} ran in {r['config']['precision']} on {_machine(r)}" for r in (other, run)]
+        if ways[0].partition(" ")[2] != ways[1].partition(" ")[2]:
+            raise UserError(
+                f"{run['run']['task']} seed {run['run']['seed']} in {experiment(run)}: {' and '.join(ways)}; "
+                "arms of a seed are compared, so run them alike"
+            )
+
+
+def _machine(run: Run) -> str:
+    return f"one {run['code']['gpu']}" if run["code"].get("gpu") else "a CPU"
 
 
 def one_per_seed(runs: Iterable[Run]) -> list[Run]:

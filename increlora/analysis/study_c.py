@@ -32,7 +32,7 @@ class Outcome:
 
 USUAL = {
     "budget": "r2", "orthogonality": True, "advance": True, "restart": True, "authors": False, "map": None,
-    "data": None, "often": False,
+    "data": None,
 }  # fmt: skip
 
 
@@ -50,19 +50,30 @@ def features(run: Run) -> dict[str, object]:
         "authors": train.get("adamw") == "authors",
         "map": next((name for name in ("increlora", "adalora") if f"/{name}/" in pattern), None),
         "data": config["task"].get("train_fraction", 1.0) if config["task"]["holdout"] == 0.5 else None,
-        "often": train["eval_interval"] == 20,  # the runs of Figure 5
     }
+
+
+def compared(runs: Sequence[Run]) -> list[Run]:
+    """The runs that the study compares: without the trials of learning rates and without those of Figure 5.
+
+    Raises:
+        UserError: arms of a seed ran in different precisions or on different kinds of machine.
+    """
+    found = [run for run in runs if run["run"]["seed"] in EIGHT and run["config"]["train"]["eval_interval"] != 20]
+    for low_resource in (True, False):
+        selection.ran_alike(run for run in found if (features(run)["data"] is not None) is low_resource)
+    return found
 
 
 class Study:
     """The compared runs of the study, found by what tells them apart.
 
     Args:
-        runs: results; those of other experiments and the trials of learning rates must not be among them.
+        runs: results; those of other experiments must not be among them.
     """
 
     def __init__(self, runs: Sequence[Run]):
-        self.runs = [(features(run), run) for run in runs if run["run"]["seed"] in EIGHT]
+        self.runs = [(features(run), run) for run in compared(runs)]
 
     def arm(self, method: str, **changes: object) -> Values:
         """The primary number by seed, in points, of the runs of an arm."""
@@ -70,7 +81,8 @@ class Study:
         if method in ("lora", "adalora"):  # these have none of IncreLoRA's switches
             wanted.pop("orthogonality")
         found = [run for told, run in self.runs if all(told[key] == value for key, value in wanted.items())]
-        return selection.primary({run["run"]["seed"]: run for run in found})
+        name = " ".join([method, *(f"{key}={value}" for key, value in changes.items())])
+        return selection.primary(selection.by_seed(found, name))
 
     def over_lora(self, **changes: object) -> Values:
         return minus(self.arm("increlora", **changes), self.arm("lora", **changes))
@@ -187,12 +199,12 @@ def place(row: tuple[str, ...]) -> tuple[int, int, str]:
 
 
 def complete(runs: Sequence[Run]) -> Arms:
-    """Arm -> seed -> run, of the arms that have every seed; without the runs of Figure 5."""
-    arms: dict[tuple[str, ...], dict[int, Run]] = {}
-    for run in runs:
-        if run["run"]["seed"] in EIGHT and not features(run)["often"]:
-            arms.setdefault(cells(run), {})[run["run"]["seed"]] = run
-    return {row: arms[row] for row in sorted(arms, key=place) if set(SIX) <= set(arms[row])}
+    """Arm -> seed -> run, of the arms that have every seed."""
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run in compared(runs):
+        found.setdefault(cells(run), []).append(run)
+    arms = {row: selection.by_seed(found[row], " ".join(row)) for row in sorted(found, key=place)}
+    return {row: arm for row, arm in arms.items() if set(SIX) <= set(arm)}
 
 
 def differences(arms: Arms) -> Table:

@@ -72,6 +72,18 @@ def test_two_runs_of_one_seed_are_refused():
         selection.by_method([a_run(), a_run()])
 
 
+def test_arms_of_a_seed_that_did_not_run_alike_are_refused():
+    def run(method, seed, precision, gpu):
+        return a_run(method, seed=seed, config={"precision": precision}, code={"gpu": gpu})
+
+    alike = [run("lora", 41, "bf16", "H200"), run("full", 41, "bf16", "H200"), run("lora", 42, "fp32", None)]
+    selection.ran_alike(alike)
+    other = "cola seed 42 in minilm_study: lora ran in fp32 on a CPU and full ran in "
+    for precision, gpu, told in [("bf16", None, "bf16 on a CPU"), ("fp32", "H200", "fp32 on one H200")]:
+        with pytest.raises(UserError, match=f"^{other}{told}; "):
+            selection.ran_alike([*alike, run("full", 42, precision, gpu)])
+
+
 def test_methods_and_tasks_that_are_not_listed_come_last_under_their_own_names(committed):
     runs = [a_run(method, task=task) for task in ("zebra", "answers", "cola") for method in ("mine", "lora", "full")]
     committed(*runs)

@@ -37,7 +37,8 @@ PLAN = Plan(
 def write(folder: Path, task: str, method: str, seed: int, score: float, rate: float = 1e-3, **changes) -> None:
     run = {
         "run": {"task": task, "method": method, "seed": seed, "overrides": ["experiment=trial"]},
-        "config": {"train": {"learning_rate": rate}},
+        "code": {"gpu": None},
+        "config": {"precision": "fp32", "train": {"learning_rate": rate}},
         "scores": {
             "last": {"score": 0.1, "step": 1, "metrics": {"dev": {"score": 0.1}, "dev+holdout": {"score": score}}}
         },
@@ -139,6 +140,10 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     write(tmp_path / "other", "stsb", "uniform", 47, 0.5, scores=on_dev)
     with pytest.raises(UserError, match=r"^stsb uniform 47: no score on dev\+holdout"):
         lines(tmp_path / "other")
+    write(tmp_path / "mixed", "stsb", "uniform", 47, 0.5)
+    write(tmp_path / "mixed", "stsb", "increlora", 47, 0.5, code={"gpu": "H200"})
+    with pytest.raises(UserError, match="stsb seed 47 in trial: increlora ran in fp32 on one H200 and uniform ran in"):
+        lines(tmp_path / "mixed")
 
 
 def test_the_simulation_finds_what_is_there_and_errs_as_rarely_as_the_plan_says():
