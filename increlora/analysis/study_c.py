@@ -162,14 +162,11 @@ def word(differences: Sequence[float], p: float, made: bool = True) -> str:
     return "no effect" if interval.low > -MARGIN and interval.high < MARGIN else "undecided"
 
 
-def verdict(runs: Sequence[Run], part: str) -> str:
-    """What a part says of the claim as a whole, which is supported only if all that it says is."""
-    words = [outcome.word for outcome in outcomes(runs, part)]
-    if not words:
-        return "not run here"
-    if "contradicted" in words or "no effect" in words:
-        return "contradicted"
-    return "supported" if set(words) == {"supported"} else "undecided"
+def verdict(runs: Sequence[Run], part: str, question: str) -> str:
+    """What a test says of its claim: supported, contradicted, undecided or not run here."""
+    words = dict.fromkeys(TESTS[part][1], "not run here")
+    words |= {outcome.question: outcome.word for outcome in outcomes(runs, part)}
+    return "contradicted" if words[question] == "no effect" else words[question]
 
 
 # tables

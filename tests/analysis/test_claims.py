@@ -1,6 +1,7 @@
 """The claims page: every row has a verdict, and the runs decide it."""
 
 from test_base_size import OURS, PUBLISHED, arm
+from test_study_c import factorial
 
 from increlora.analysis import decision
 from increlora.analysis.claims import CLAIMS, VERDICTS, Evidence, claims
@@ -36,4 +37,13 @@ def test_the_runs_decide():
     assert table["Figure 2", "ranks of single matrices grow beyond the cap that pruning starts from"] == "**supported**"
     assert table["Figure 6", "ranks go to certain kinds of matrices"] == "**supported**"
     assert table["Figure 6", "ranks go to certain layers"] == "**contradicted**"
-    assert found.count("not run here") == 10 and found.count("undecided") == 2  # no run of the two controls
+    assert found.count("not run here") == 16 and found.count("undecided") == 2  # no run of the two controls
+
+
+def test_every_test_of_study_c_is_a_claim_of_its_own():
+    runs = factorial({"orth_weight": 1.0, "advance_learning": -0.8, "restart_warmup": 0.0})
+    found = {row[1]: row[3] for row in claims(Evidence(runs, PUBLISHED, STUDY_A)).rows if row[0] == "Table 2"}
+    assert found == {
+        "orthogonality helps": "**supported**", "advance learning helps": "**contradicted**",
+        "restart warmup helps": "**contradicted**",  # no effect
+    }  # fmt: skip

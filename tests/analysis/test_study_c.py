@@ -28,7 +28,14 @@ def run(seed, score, method="increlora", budget="r2", pattern=None, fraction=Non
         chosen = {}
     task = {"holdout": 0.1} if fraction is None else {"holdout": 0.5, "train_fraction": fraction}
     return {
-        "run": {"task": "stsb", "seed": seed, "budget": budget, "method": method, "overrides": ["experiment=study_c"]},
+        "run": {
+            "backbone": "minilm",
+            "task": "stsb",
+            "seed": seed,
+            "budget": budget,
+            "method": method,
+            "overrides": ["experiment=study_c"],
+        },
         "code": {"gpu": None},
         "config": {
             "precision": "fp32",
@@ -61,18 +68,22 @@ def test_figure_4_and_low_resource_by_hand():
     low, small = told(runs, "low resource").values()
     assert low == (pytest.approx(0, abs=1e-6), "no effect")  # the gap is the same
     assert small[1] == "no effect" or small[1] == "undecided"  # not tested: the test before it was not significant
-    assert study_c.verdict(runs, "low resource") == "contradicted" and study_c.verdict(runs, "Figure 4") == "supported"
     missing = [result for index, result in enumerate(runs) if index != 12]  # a seed of r2
-    assert told(missing, "Figure 4") == {} and study_c.verdict(missing, "Figure 4") == "not run here"
+    assert told(missing, "Figure 4") == {}
 
 
-def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
-    effects = {"orth_weight": 1.0, "advance_learning": -0.8, "restart_warmup": 0.0}
+def factorial(effects):
+    """The runs of Table 2: 80 points plus the effects of what is on."""
     runs = []
     for on in itertools.product((True, False), repeat=3):
         switches = dict(zip(effects, on, strict=True))
         score = 80 + sum(effect for effect, switched in zip(effects.values(), on, strict=True) if switched)
         runs += seeds(8, score, **(switches | {"orth_weight": 0.3 if on[0] else 0.0}))
+    return runs
+
+
+def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
+    runs = factorial({"orth_weight": 1.0, "advance_learning": -0.8, "restart_warmup": 0.0})
     ninth = seeds(8, 50, restart_warmup=False)
     for result in ninth:
         result["config"]["train"]["adamw"] = "authors"
@@ -82,7 +93,6 @@ def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
         "restart warmup": (0.0, "no effect"),
     }
     assert study_c.outcomes(runs, "Table 2")[0].p == pytest.approx(3 * 2 / 2**8)  # Holm's, of three
-    assert study_c.verdict(runs, "Table 2") == "contradicted"
     assert len(study_c.tests(runs).rows) == 3
 
 
