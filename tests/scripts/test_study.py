@@ -131,6 +131,20 @@ def test_the_tables_and_the_verdicts_say_the_same(tmp_path):
     assert {control: decision.verdict(now, control) for control in words} == words
 
 
+def test_readme_says_of_study_a_what_its_runs_say():
+    plan = Plan.of(config.read_study("study_a"), "study_a")
+    now = decision.progress(plan, decision.read(plan, result_files.load_runs(ROOT / "results" / "runs")))
+    states = {state.control: state for state in now.states}
+    assert {control: state.outcome for control, state in states.items()} == {
+        "random_growth": SAME, "permuted_growth": SAME, "uniform": HURTS,
+    }  # fmt: skip
+    used = states["uniform"].used
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"({len(used)} tasks, {sum(map(len, used.values()))} paired seeds)".replace("3 t", "three t") in page
+    assert f"growth at random scores the same within {plan.margin} points" in page
+    assert f"equal ranks from the start score {-states['uniform'].looks[-1].mean:.1f} points *more*" in page
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     write(tmp_path, "stsb", "uniform", 47, 0.5)
     write(tmp_path, "stsb", "uniform", 47, 0.6, 3e-3)
