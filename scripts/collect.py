@@ -2,7 +2,8 @@
 
     python scripts/collect.py runs
 
-Only results of one clean commit are taken; `--dirty` takes the others too.
+Wherever a result is found, it goes where its run belongs. Only results of one clean commit are taken; `--dirty` takes
+the others too.
 """
 
 import argparse
@@ -45,7 +46,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.source.is_dir():
         raise UserError(f"{arguments.source}: no such folder; give the one that holds run directories, as runs/ does")
-    taken = refused = 0
+    found: dict[Path, Path] = {}  # where it goes -> where it was
+    replaced = refused = 0
     for path in sorted(arguments.source.rglob(result_files.FILE_NAME)):
         try:
             result = result_files.read(path)
@@ -56,15 +58,21 @@ def main() -> int:
         if (reason := unclean(result["code"])) and not arguments.dirty:
             print(f"left out, {reason}: {path}", file=sys.stderr)
             continue
-        of_run = path.parent.relative_to(arguments.source)
-        if not of_run.name:  # the run itself was given
-            of_run = Path(path.parent.resolve().name)
-        target = DESTINATION / of_run.with_name(f"{of_run.name}.json")  # with_suffix would cut lr_0.1 at the dot
-        target.parent.mkdir(parents=True, exist_ok=True)
+        directory = config.directory_of(result["run"])
+        target = DESTINATION / directory.relative_to("runs").with_name(f"{directory.name}.json")
         text, source = path.read_text(encoding="utf-8"), result["data"]["source"]
-        write_text(target, text if results.place(source) == source else published(text))
-        taken += 1
-    print(f"{taken} results copied to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
+        text = text if results.place(source) == source else published(text)
+        before = target.read_text(encoding="utf-8") if target.exists() else text
+        if target in found and before != text:
+            print(f"left out, another result of the same run as {found[target]}: {path}", file=sys.stderr)
+            refused += 1
+            continue
+        replaced += before != text
+        found[target] = path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+    there = f", {replaced} of them in place of others," if replaced else ""
+    print(f"{len(found)} results copied{there} to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
     return int(refused > 0)
 
 

@@ -31,20 +31,33 @@ def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_p
     said = capsys.readouterr()
     assert "1 results copied" in said.out and "uncommitted changes" in said.err and "seed42" in said.err
     assert "it ran on c0ffee, decade" in said.err and "seed43" in said.err
-    copied = json.loads((tmp_path / "results" / "runs" / "tiny" / "seed41.json").read_text())
+    (path,) = (tmp_path / "results").rglob("*.json")
+    copied = json.loads(path.read_text())
     assert copied == result_files.sealed(clean | {"data": clean["data"] | {"source": "glue"}})
     assert "its commit is not known" in said.err and "seed44" in said.err
     assert "seed45/result.json is not the result of a run" in said.err
-    assert len(list((tmp_path / "results").rglob("*.json"))) == 1
 
 
-def test_names_with_a_dot_stay_two_files(tmp_path, monkeypatch, capsys):
-    run_dir = finished(tmp_path / "runs" / "lr_0.1", "backbone=tiny", *SYNTHETIC, "method=lora")
-    (tmp_path / "runs" / "lr_0.2").mkdir()
-    (tmp_path / "runs" / "lr_0.2" / "result.json").write_text((run_dir / "result.json").read_text())
+def test_a_result_goes_where_its_run_belongs_and_none_takes_the_place_of_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
-    assert call(script, monkeypatch, tmp_path / "runs", "--dirty") == 0
-    assert sorted(p.name for p in (tmp_path / "results" / "runs").iterdir()) == ["lr_0.1.json", "lr_0.2.json"]
+    runs = tmp_path / "runs"
+    for method in ("lora", "uniform"):  # each collected from a folder that does not name its method
+        run_dir = finished(runs / method / "seed41", "backbone=tiny", *SYNTHETIC, f"method={method}")
+        assert call(script, monkeypatch, run_dir, "--dirty") == 0
+    collected = sorted(path.relative_to(tmp_path / "results") for path in (tmp_path / "results").rglob("*.json"))
+    assert [path.parts[3] for path in collected] == ["lora", "uniform"]
+    assert {path.name for path in collected} == {"seed41.json"} and len(
+        result_files.load_runs(tmp_path / "results")
+    ) == 2
+    capsys.readouterr()
+    again = json.loads((run_dir / "result.json").read_text()) | {"skipped_steps": 7}
+    (runs / "zzz").mkdir()
+    (runs / "zzz" / "result.json").write_text(json.dumps(result_files.sealed(again)))
+    assert call(script, monkeypatch, runs, "--dirty") == 1  # two results of one run
+    said = capsys.readouterr()
+    assert "2 results copied to" in said.out and f"another result of the same run as {run_dir}" in said.err
+    assert call(script, monkeypatch, runs / "zzz", "--dirty") == 0
+    assert "1 results copied, 1 of them in place of others" in capsys.readouterr().out
 
 
 def test_of_an_absolute_folder_the_name_is_kept():
@@ -58,4 +71,4 @@ def test_a_folder_that_is_not_there_is_refused_and_the_run_itself_may_be_given(t
     run_dir = finished(tmp_path / "runs" / "seed41", "backbone=tiny", *SYNTHETIC, "method=lora")
     monkeypatch.setattr(script, "DESTINATION", tmp_path / "results" / "runs")
     assert call(script, monkeypatch, run_dir, "--dirty") == 0
-    assert (tmp_path / "results" / "runs" / "seed41.json").exists()
+    assert len(list((tmp_path / "results").rglob("seed41.json"))) == 1
