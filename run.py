@@ -68,7 +68,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     code, inputs = machine.code_state(str(device)), identity.inputs(task, backbone, method)
     same = identity.of_checkpoint(resolved, inputs, distributed.processes())
     commit = f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}"
-    checkpoints = Checkpoints(run_dir, same, [commit], [code["threads"]])
+    checkpoints = Checkpoints(run_dir, same, [commit], [code["threads"]], [code["gpu"] or "CPU"])
     with exclusive(run_dir) if distributed.is_main() else contextlib.nullcontext():
         done = None if cfg.overwrite else finished_meanwhile(run_dir, resolved, inputs)
         if done is not None:
@@ -84,7 +84,8 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
         status, summary, where = "failed", {}, []
         try:
             outcome = loop(model, method, task, data, settings, recorder, tokenizer.pad_token_id, checkpoints, state)
-            code |= {"commits": checkpoints.commits, "threads_of_sessions": checkpoints.threads}
+            code |= {"commits": checkpoints.commits, "threads_of_sessions": checkpoints.threads,
+                     "machines_of_sessions": checkpoints.machines}  # fmt: skip
             result = results.build(run, resolved, data, outcome, code, inputs, checkpoints.digests())
             if distributed.is_main():
                 results.write(run_dir, result)

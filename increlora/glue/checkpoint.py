@@ -211,12 +211,14 @@ class Checkpoints:
         identity: what must be the same for a run to be continued (`identity.of_checkpoint`).
         commits: of the code, in order; `load` puts those of the run so far before them.
         threads: of the processor, in the same way; another number rounds differently.
+        machines: the name of the GPU, or CPU, in the same way.
     """
 
     folder: Path
     identity: Mapping[str, Any]
     commits: list[str] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
+    machines: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -228,7 +230,8 @@ class Checkpoints:
             UserError: it cannot be written; the one before is still good.
         """
         document = {
-            "identity": self.identity, "commits": self.commits, "threads": self.threads, "state": state,
+            "identity": self.identity, "commits": self.commits, "threads": self.threads, "machines": self.machines,
+            "state": state,
         }  # fmt: skip
         write(self.path("checkpoint"), document, keep_previous=True)
 
@@ -249,14 +252,18 @@ class Checkpoints:
                 f"the checkpoint in {self.folder} is of another run: it differs in {', '.join(changed[:5])}.\n"
                 "Give the arguments and the data it was started with, or overwrite=true to start again."
             )
-        self.commits = list(dict.fromkeys([*document.get("commits", []), *self.commits]))
-        self.threads = list(dict.fromkeys([*document.get("threads", []), *self.threads]))
-        if len(self.threads) > 1:
-            log.warning(
-                "this run had %s threads and goes on with %s: its numbers will differ in the last digits from a run "
-                "without this change (set OMP_NUM_THREADS); the result says so",
-                *self.threads[-2:],
-            )
+        for name in ("commits", "threads", "machines"):
+            setattr(self, name, list(dict.fromkeys([*document.get(name, []), *getattr(self, name)])))
+        for sessions, change in (
+            (self.threads, "had {} threads and goes on with {} (set OMP_NUM_THREADS)"),
+            (self.machines, "had this processor: {}, and goes on with: {}"),
+        ):
+            if len(sessions) > 1:
+                log.warning(
+                    "this run %s; its numbers will differ in the last digits from a run without this change, "
+                    "and the result says so",
+                    change.format(*sessions[-2:]),
+                )
         return document["state"]
 
     def keep(self, name: str, state: Mapping[str, Any]) -> None:

@@ -131,6 +131,13 @@ def test_another_number_of_threads_is_recorded_and_said(tmp_path, caplog):
     assert other.threads == [1, 2] and "this run had 1 threads and goes on with 2" in caplog.text
 
 
+def test_another_kind_of_machine_is_recorded_and_said(tmp_path, caplog):
+    Checkpoints(tmp_path, IDENTITY, machines=["NVIDIA H200"]).save({"step": 1})
+    other = Checkpoints(tmp_path, IDENTITY, machines=["CPU"])
+    other.load()
+    assert other.machines == ["NVIDIA H200", "CPU"] and "NVIDIA H200, and goes on with: CPU" in caplog.text
+
+
 def test_a_kill_between_the_two_renames_leaves_the_one_before(tmp_path):
     checkpoints = filled(tmp_path)
     os.remove(tmp_path / "checkpoint.safetensors")

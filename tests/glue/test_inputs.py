@@ -114,18 +114,20 @@ def test_running_again_leaves_no_result_beside_weights_of_another_training(files
     assert result_files.read(run_dir / "result.json")["curve"][-1]["step"] == 3
 
 
-def test_a_result_names_every_commit_that_it_ran_on(files, tmp_path, monkeypatch):
+def test_a_result_names_every_commit_and_machine_that_it_ran_on(files, tmp_path, monkeypatch):
     commits = iter(["c0ffee", "decade"])
 
     def state(device):
-        return {"commit": next(commits), "dirty": False, "threads": 1}
+        commit = next(commits)
+        return {"commit": commit, "dirty": False, "threads": 1, "gpu": "H200" if commit == "c0ffee" else None}
 
     monkeypatch.setattr(machine, "code_state", state)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 2)
         finished(tmp_path / "run", *files)
     run_dir = finished(tmp_path / "run", *files)
-    assert result_files.read(run_dir / "result.json")["code"]["commits"] == ["c0ffee", "decade"]
+    code = result_files.read(run_dir / "result.json")["code"]
+    assert code["commits"] == ["c0ffee", "decade"] and code["machines_of_sessions"] == ["H200", "CPU"]
     assert checkpoint.read(run_dir / "last.safetensors")["identity"]["base"] is not None
 
 
