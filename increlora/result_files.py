@@ -6,13 +6,16 @@ The benchmark writes and reads them, the analysis reads nothing else; so this mo
 import hashlib
 import json
 import math
+import statistics
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from increlora.errors import UserError, first_line
 from increlora.files import as_json
+
+Value = TypeVar("Value")
 
 FORMAT = 3  # with a checksum; `_upgraded` says how earlier ones differ
 FILE_NAME = "result.json"
@@ -227,6 +230,11 @@ def last_score(result: Mapping[str, Any], split: str) -> float:
     if split not in scores:
         raise UserError(f"a run has no scores on the split {split}; it has them on {', '.join(scores)}")
     return scores[split]["score"]
+
+
+def trial_means(scores: Mapping[Value, Sequence[float]]) -> dict[Value, float]:
+    """Tried value -> its mean score, so rounded that the order of additions makes no value better than its equals."""
+    return {value: round(statistics.fmean(found), 9) for value, found in scores.items()}
 
 
 def padding_share(cost: Mapping[str, float]) -> float:

@@ -28,8 +28,10 @@ FAR = 10  # points: pairs that differ by more are counted, since a collapsed run
 def told(plan: Plan, found: State) -> Iterator[str]:
     """The lines about one control."""
     taken = len(found.looks)
+    if found.stopped:
+        yield f"against {found.control}: the next look cannot be: a run of {plan.method} that it needs has diverged"
     if not taken:
-        yield f"against {found.control}: no look yet"
+        yield f"against {found.control}: {decision.word(plan, found)}"
         return
     yield f"against {found.control}: {decision.word(plan, found)}, look {taken} of {plan.looks}"
     now, (different, same) = found.looks[-1], (bounds[taken - 1] for bounds in plan.bounds())
@@ -60,7 +62,7 @@ def next_commands(plan: Plan, now: Progress) -> Iterator[str]:
     """The runs of the next look of every control that has no outcome yet."""
     if now.ended:
         return
-    open_ = [found for found in now.states if not found.at and len(found.looks) < plan.looks]
+    open_ = [found for found in now.states if not now.is_over(found)]
     look = min(len(found.looks) for found in open_)
     methods = ",".join([plan.method, *(found.control for found in open_)])
     for task, n in now.sizes[look].items():

@@ -29,13 +29,17 @@ def complete(runs: Sequence[Run]) -> dict[str, Runs]:
     """Task -> method -> seed -> run, of the arms that have every seed of the study.
 
     Raises:
-        UserError: two runs of one arm and seed, or arms of a seed that did not run alike.
+        UserError: two runs of one arm and seed, arms of a seed that did not run alike, or an arm with several settings
+            or another learning rate than chosen.
     """
     found: dict[str, Runs] = {}
     for task in TASKS:
-        of_task = [run for run in runs if run["run"]["task"] == task and run["run"]["seed"] in SEEDS]
+        of_task = [run for run in runs if run["run"]["task"] == task]
         selection.ran_alike(of_task)
-        arms = selection.by_method(of_task)
+        arms = selection.by_method(run for run in of_task if run["run"]["seed"] in SEEDS)
+        for method, seeds in arms.items():
+            trials = [r for r in of_task if r["run"]["method"] == method and r["run"]["seed"] == TUNING_SEED]
+            selection.one_arm([*seeds.values()], trials, f"{method} on {task}")
         if whole := {method: seeds for method, seeds in arms.items() if set(seeds) == set(SEEDS)}:
             found[task] = whole
     return found

@@ -1,7 +1,7 @@
 """The paper's claims, one by one, with a verdict that the result files decide (arXiv 2308.12043).
 
-A verdict is supported, contradicted, undecided or not run here. What counts as which was written down before the runs
-(results/studies).
+A verdict is supported, contradicted, no effect, undecided or not run here. What counts as which was written down before
+the runs (results/studies).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from increlora.analysis.decision import Progress
 from increlora.analysis.selection import Run, Runs
 from increlora.analysis.tables import Table
 
-VERDICTS = ("supported", "contradicted", "undecided", "not run here")
+VERDICTS = ("supported", "contradicted", "no effect", "undecided", "not run here")
 STUDY_A = "[study A](../results/README.md#study-a-what-allocation-by-score-is-worth)"
 STUDY_B = "[study B](../results/README.md#study-b-a-base-size-encoder)"
 STUDY_C = "[study C](../results/README.md#study-c-the-papers-other-claims)"
@@ -163,7 +163,7 @@ CLAIMS = (
     Claim(
         "the method",
         "better than growth at random, on a small model and with more power",
-        "up to three looks, 5 % for all wrong words together; a mean within 0.3 points of 0 contradicts",
+        "up to three looks, 5 % for all wrong words together; no effect: a mean within 0.3 points of 0",
         of_study_a("random_growth"),
         f"{STUDY_A}: {SMALL}",
         SWEEP_A,

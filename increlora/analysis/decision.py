@@ -1,5 +1,6 @@
 """What a study that looks several times says so far, from its runs by its plan (`sequential`)."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from increlora.analysis import comparison, selection, sequential
 from increlora.analysis.looks import LOOKS, TASKS
 from increlora.analysis.selection import Run
-from increlora.analysis.sequential import HELPS, UNDECIDED, WORDS, Estimate, Plan
+from increlora.analysis.sequential import HELPS, HURTS, SAME, UNDECIDED, WORDS, Estimate, Plan
 from increlora.analysis.study_tables import joint_scores, learning_rates
 from increlora.analysis.tables import Table, with_interval
 from increlora.errors import UserError
@@ -19,48 +20,83 @@ Scores = dict[tuple[str, str], dict[int, float]]  # (task, method) -> seed -> sc
 
 @dataclass
 class Runs:
-    """The scores of a study: the compared runs, and those that chose learning rates, by rate."""
+    """The scores of a study: the compared runs, and those that chose learning rates, by rate.
+
+    `diverged` has (task, rate, seed) of the runs of the method that did, and `dependent` the controls that need a
+    finished run of the method for each of theirs: of a diverged one there is no pattern.
+    """
 
     compared: Scores
     trials: dict[float, Scores]
+    diverged: set[tuple[str, float, int]]
+    dependent: set[str]
 
 
 def read(plan: Plan, runs: Iterable[Run]) -> Runs:
     """The scores of the study's runs among these.
 
     Raises:
-        UserError: two runs that would be one, arms of a seed that did not run alike, or a run without the split that
-            the study scores.
+        UserError: two runs that would be one, runs that cannot be compared (`selection.ran_alike`, `one_arm`), or a run
+            without the split that the study scores.
     """
     of_study = selection.of_experiment(runs, plan.experiment)
     for task in plan.seeds:
         selection.ran_alike(run for run in of_study if run["run"]["task"] == task)
-    found = Runs({}, {})
+    found = Runs({}, {}, set(), set())
+    arms: dict[tuple[str, str], tuple[list[Run], list[Run]]] = {}
     for run in of_study:
-        seed, cell = run["run"]["seed"], (run["run"]["task"], run["run"]["method"])
-        rate = run["config"]["train"]["learning_rate"]
-        scores = found.trials.setdefault(rate, {}) if seed in plan.tuning_seeds else found.compared
-        if seed in scores.setdefault(cell, {}):
-            raise UserError(f"{' '.join(cell)} has two runs with seed {seed}; keep the one that is meant")
-        scores[cell][seed] = selection.points(run, plan.split)
+        cell = run["run"]["task"], run["run"]["method"]
+        arms.setdefault(cell, ([], []))[run["run"]["seed"] in plan.tuning_seeds].append(run)
+        if run["config"]["method"].get("pattern"):
+            found.dependent.add(cell[1])
+        if cell[1] == plan.method and run["status"] == "diverged":
+            found.diverged.add((cell[0], selection.rate(run), run["run"]["seed"]))
+    for cell, (compared, trials) in arms.items():
+        name = " ".join(cell)
+        selection.one_arm(compared, trials, name)
+        found.compared[cell] = _scores(compared, name, plan.split)
+        for rate in {selection.rate(run) for run in trials}:
+            of_rate = [run for run in trials if selection.rate(run) == rate]
+            found.trials.setdefault(rate, {})[cell] = _scores(of_rate, name, plan.split)
     return found
 
 
-def pilot(plan: Plan, trials: Mapping[float, Scores]) -> dict[str, float] | None:
-    """SD of paired differences by task, from the runs that chose learning rates; None if some are missing."""
+def _scores(runs: Iterable[Run], arm: str, split: str) -> dict[int, float]:
+    return {seed: selection.points(run, split) for seed, run in selection.by_seed(runs, arm).items()}
+
+
+def pilot(plan: Plan, runs: Runs) -> dict[str, float] | None:
+    """SD of paired differences by task, from the runs that chose learning rates; None if some are missing.
+
+    Raises:
+        UserError: an SD of 0, which would give its task all the weight.
+    """
     found = {}
     for task in plan.seeds:
         differences = []
-        for scores in (trials[rate] for rate in sorted(trials)):
-            for control in plan.controls:
-                pairs = [scores.get((task, method), {}) for method in (plan.method, control)]
-                if not all(set(plan.tuning_seeds) <= set(seeds) for seeds in pairs):
-                    return None
-                differences.append([pairs[0][seed] - pairs[1][seed] for seed in plan.tuning_seeds])
+        for rate, control in itertools.product(sorted(runs.trials), plan.controls):
+            ours, theirs = (runs.trials[rate].get((task, method), {}) for method in (plan.method, control))
+            missing = [seed for seed in plan.tuning_seeds if seed not in ours or seed not in theirs]
+            if not missing:
+                differences.append([ours[seed] - theirs[seed] for seed in plan.tuning_seeds])
+            elif not all(_impossible(runs, task, control, seed, rate) for seed in missing):
+                return None
         if not differences:
             return None
         found[task] = sequential.pilot_sd(differences)
+        if not found[task]:
+            raise UserError(
+                f"{plan.experiment}: the paired differences of {task} do not vary over the tuning seeds; "
+                "tune on a grid in which most rates train"
+            )
     return found
+
+
+def _impossible(runs: Runs, task: str, control: str, seed: int, rate: float | None = None) -> bool:
+    """Whether a run of a control cannot be, because the run of the method that it needs has diverged."""
+    return control in runs.dependent and any(
+        (task, seed) == (where, k) and rate in (None, tried) for where, tried, k in runs.diverged
+    )
 
 
 def differences(plan: Plan, scores: Scores, control: str) -> dict[str, NDArray]:
@@ -78,25 +114,33 @@ def differences(plan: Plan, scores: Scores, control: str) -> dict[str, NDArray]:
 
 @dataclass
 class State:
-    """One control so far: the differences used, D at the looks taken, the outcome and its look (0: none)."""
+    """One control so far: the differences used, D at the looks taken, the outcome and its look (0: none).
+
+    `stopped`: its next look cannot be taken, because a run that it needs has diverged.
+    """
 
     control: str
     used: dict[str, NDArray]
     looks: list[Estimate]
     outcome: int
     at: int
+    stopped: bool = False
 
 
-def state(
-    plan: Plan, scores: Scores, control: str, sd: Mapping[str, float], sizes: Sequence[Mapping[str, int]]
-) -> State:
+def state(plan: Plan, runs: Runs, control: str, sd: Mapping[str, float], sizes: Sequence[Mapping[str, int]]) -> State:
     """The decision about one control from the runs that there are."""
-    paired = differences(plan, scores, control)
+    paired = differences(plan, runs.compared, control)
     looks = sequential.estimates(paired, sequential.weights(sizes[-1], sd), sizes)
     outcome, at = (int(value) for value in sequential.decide(plan, looks))
     looks = looks[: at or None]
     used = {task: values[: sizes[len(looks) - 1][task]] for task, values in paired.items()} if looks else {}
-    return State(control, used, looks, outcome, at)
+    following = sizes[len(looks)] if len(looks) < len(sizes) else {}
+    first_missing = {task: plan.first_seed + len(paired[task]) for task in following}
+    stopped = not at and any(
+        seed < plan.first_seed + following[task] and _impossible(runs, task, control, seed)
+        for task, seed in first_missing.items()
+    )
+    return State(control, used, looks, outcome, at, stopped)
 
 
 @dataclass(frozen=True)
@@ -110,16 +154,20 @@ class Progress:
     @property
     def ended(self) -> bool:
         """Whether every control has its outcome."""
-        return all(found.at or len(found.looks) == len(self.sizes) for found in self.states)
+        return all(self.is_over(found) for found in self.states)
+
+    def is_over(self, found: State) -> bool:
+        """Whether a control has its outcome, or can have none."""
+        return bool(found.at) or found.stopped or len(found.looks) == len(self.sizes)
 
 
 def progress(plan: Plan, runs: Runs) -> Progress:
     """Where the study stands by the runs that there are."""
-    sd = pilot(plan, runs.trials)
+    sd = pilot(plan, runs)
     if sd is None:
         return Progress(None, plan.sizes(plan.seeds), [State(name, {}, [], UNDECIDED, 0) for name in plan.controls])
     sizes = plan.sizes(sequential.needed_seeds(plan, sd))
-    return Progress(sd, sizes, [state(plan, runs.compared, name, sd, sizes) for name in plan.controls])
+    return Progress(sd, sizes, [state(plan, runs, name, sd, sizes) for name in plan.controls])
 
 
 # tables
@@ -173,14 +221,14 @@ def outcomes(plan: Plan, now: Progress) -> Table:
 
 def word(plan: Plan, state: State) -> str:
     """The outcome of a control in words."""
+    if state.stopped:
+        return WORDS[UNDECIDED]
     if not state.looks:
         return "no look yet"
     return WORDS[state.outcome] if state.at or len(state.looks) == plan.looks else "not decided yet"
 
 
 def verdict(now: Progress, control: str) -> str:
-    """What the study says of "better than this control": supported, contradicted or undecided."""
+    """What the study says of "better than this control"."""
     (state,) = (state for state in now.states if state.control == control)
-    if state.outcome == UNDECIDED:
-        return "undecided"
-    return "supported" if state.outcome == HELPS else "contradicted"
+    return {HELPS: "supported", HURTS: "contradicted", SAME: "no effect", UNDECIDED: "undecided"}[state.outcome]

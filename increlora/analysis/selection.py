@@ -61,7 +61,7 @@ def by_seed(runs: Iterable[Run], arm: str) -> dict[int, Run]:
 
 
 def ran_alike(runs: Iterable[Run]) -> None:
-    """Refuse runs that are compared by seed and differ in precision or in the kind of machine (the CPU, or which GPU).
+    """Refuse runs that are compared by seed and differ in precision or in the kind of machine (a CPU, or which GPU).
 
     Raises:
         UserError: two runs of a seed do.
@@ -69,7 +69,9 @@ def ran_alike(runs: Iterable[Run]) -> None:
     first: dict[int, Run] = {}
     for run in runs:
         other = first.setdefault(run["run"]["seed"], run)
-        ways = [f"{r['run']['method']} ran in {r['config']['precision']} on {_machine(r)}" for r in (other, run)]
+        ways = [
+            f"{r['run']['method']} ran in {r['config']['train']['precision']} on {_machine(r)}" for r in (other, run)
+        ]
         if ways[0].partition(" ")[2] != ways[1].partition(" ")[2]:
             raise UserError(
                 f"{run['run']['task']} seed {run['run']['seed']} in {experiment(run)}: {' and '.join(ways)}; "
@@ -78,7 +80,57 @@ def ran_alike(runs: Iterable[Run]) -> None:
 
 
 def _machine(run: Run) -> str:
-    return f"one {run['code']['gpu']}" if run["code"].get("gpu") else "a CPU"
+    code = run["code"]
+    return " and ".join(code.get("machines_of_sessions") or [code.get("gpu") or "CPU"])
+
+
+def rate(run: Run) -> float:
+    return run["config"]["train"]["learning_rate"]
+
+
+def trial_means(trials: Iterable[Run], arm: str) -> dict[float, float]:
+    """Learning rate -> mean score of the last step on held-out examples, of the trials of an arm.
+
+    Raises:
+        UserError: two trials of one rate and seed.
+    """
+    by_rate: dict[float, list[Run]] = {}
+    for run in trials:
+        by_rate.setdefault(rate(run), []).append(run)
+    found = {value: by_seed(by_rate[value], f"{arm} at rate {value:g}").values() for value in sorted(by_rate)}
+    return result_files.trial_means(
+        {k: [result_files.last_score(r, "holdout") for r in runs] for k, runs in found.items()}
+    )
+
+
+def one_arm(runs: Sequence[Run], trials: Sequence[Run], arm: str) -> None:
+    """Refuse runs of an arm that have different settings, or another learning rate than the trials of the arm chose.
+
+    Precisions and patterns may differ between seeds. Trials are asked if every rate has the same seeds.
+
+    Raises:
+        UserError: they have.
+    """
+    for run in runs[1:]:
+        if changed := sorted(_settings(runs[0]) ^ _settings(run)):
+            seeds = " and ".join(str(r["run"]["seed"]) for r in (runs[0], run))
+            raise UserError(f"{arm}: the runs of seeds {seeds} in {experiment(run)} differ in {', '.join(changed)}")
+    means = trial_means(trials, arm)
+    tried = {value: {r["run"]["seed"] for r in trials if rate(r) == value} for value in means}
+    if not runs or not means or any(seeds != tried[rate(trials[0])] for seeds in tried.values()):
+        return
+    best, ours = max(means.values()), rate(runs[0])
+    if means.get(ours) != best:
+        chosen = " or ".join(f"{value:g}" for value, mean in means.items() if mean == best)
+        where = experiment(runs[0])
+        raise UserError(f"{arm}: the runs in {where} have learning rate {ours:g}, its trials chose {chosen}")
+
+
+def _settings(run: Run) -> set[str]:
+    told = {
+        o for o in run["run"]["overrides"] if not o.startswith(("precision=", "train.precision=", "method.pattern="))
+    }
+    return told | {f"budget={run['run']['budget']}", f"train.learning_rate={rate(run)}"}
 
 
 def one_per_seed(runs: Iterable[Run]) -> list[Run]:

@@ -57,12 +57,17 @@ def compared(runs: Sequence[Run]) -> list[Run]:
     """The runs that the study compares: without the trials of learning rates and without those of Figure 5.
 
     Raises:
-        UserError: arms of a seed ran in different precisions or on different kinds of machine.
+        UserError: arms of a seed that did not run alike, or an arm with several settings or another rate than chosen.
     """
-    found = [run for run in runs if run["run"]["seed"] in EIGHT and run["config"]["train"]["eval_interval"] != 20]
+    found = [run for run in runs if run["config"]["train"]["eval_interval"] != 20]
     for low_resource in (True, False):
         selection.ran_alike(run for run in found if (features(run)["data"] is not None) is low_resource)
-    return found
+    arms: dict[tuple[str, ...], tuple[list[Run], list[Run]]] = {}
+    for run in found:
+        arms.setdefault(cells(run), ([], []))[run["run"]["seed"] in TUNING].append(run)
+    for row, (of_arm, trials) in arms.items():
+        selection.one_arm(of_arm, trials, " ".join(row))
+    return [run for run in found if run["run"]["seed"] in EIGHT]
 
 
 class Study:
@@ -163,10 +168,10 @@ def word(differences: Sequence[float], p: float, made: bool = True) -> str:
 
 
 def verdict(runs: Sequence[Run], part: str, question: str) -> str:
-    """What a test says of its claim: supported, contradicted, undecided or not run here."""
-    words = dict.fromkeys(TESTS[part][1], "not run here")
-    words |= {outcome.question: outcome.word for outcome in outcomes(runs, part)}
-    return "contradicted" if words[question] == "no effect" else words[question]
+    """What a test says of its claim; undecided while runs of its part are missing, if it has a pair at all."""
+    words = {outcome.question: outcome.word for outcome in outcomes(runs, part)}
+    begun = TESTS[part][1][question](Study(runs))
+    return words.get(question, "undecided" if begun else "not run here")
 
 
 # tables

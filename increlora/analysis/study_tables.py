@@ -1,13 +1,11 @@
 """The tables of a study: scores, paired differences, learning rates, and IncreLoRA without its parts."""
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from increlora.analysis import comparison, selection
 from increlora.analysis.looks import LOOKS, TASKS, position
 from increlora.analysis.selection import JOINT, PROTOCOLS, Run, Runs
 from increlora.analysis.tables import Table, interval_text, spread
-from increlora.result_files import last_score
 
 ABLATION = ("raw_growth", "only_orthogonality", "only_advance_learning", "only_restart_warmup", "no_orthogonality",
             "no_advance_learning", "no_restart_warmup")  # fmt: skip
@@ -25,7 +23,7 @@ def study(experiment: str, tasks: Mapping[str, Runs]) -> dict[str, Table]:
     """
     rows = [
         [TASKS[task], LOOKS[method].label, *(spread(selection.scores(runs, p).values()) for p in PROTOCOLS),
-         _interval(selection.scores(runs, "last").values()), _diverged(runs), _one(map(_rate, runs.values()))]
+         _interval(selection.scores(runs, "last").values()), _diverged(runs), _one(map(selection.rate, runs.values()))]
         for task, methods in tasks.items()
         for method, runs in methods.items()
     ]  # fmt: skip
@@ -95,7 +93,7 @@ def joint_scores(name: str, arms: Arms, columns: Sequence[str] = ARM) -> Table:
     rows = [
         [*cells, spread(selection.primary(runs).values()),
          *(spread(selection.scores(runs, p).values()) for p in PROTOCOLS), _diverged(runs),
-         _one(map(_rate, runs.values()))]
+         _one(map(selection.rate, runs.values()))]
         for cells, runs in arms.items()
     ]  # fmt: skip
     caption = (
@@ -121,16 +119,20 @@ def learning_rates(
     Args:
         arm: the first cells of the row of a run, one for each column; rows come in the order of tasks and methods, then
             as the trials are given.
+
+    Raises:
+        UserError: two trials of one arm, rate and seed.
     """
     trials = sorted(trials, key=_in_order)
-    found: dict[tuple[str, ...], dict[float, list[float]]] = {}
+    found: dict[tuple[str, ...], list[Run]] = {}
     for run in trials:
-        found.setdefault(arm(run), {}).setdefault(_rate(run), []).append(100 * last_score(run, "holdout"))
-    rows, most = [], max((len(by_rate) for by_rate in found.values()), default=0)
-    for cells, by_rate in found.items():
-        means = {rate: statistics.fmean(by_rate[rate]) for rate in sorted(by_rate)}
+        found.setdefault(arm(run), []).append(run)
+    by_arm = {cells: selection.trial_means(of_arm, " ".join(cells)) for cells, of_arm in found.items()}
+    rows, most = [], max((len(means) for means in by_arm.values()), default=0)
+    for cells, means in by_arm.items():
         best = max(means, key=means.__getitem__)
-        shown = [f"{rate:g}: {f'**{mean:.2f}**' if rate == best else f'{mean:.2f}'}" for rate, mean in means.items()]
+        shown = [f"{rate:g}: {f'**{s:.2f}**' if rate == best else f'{s:.2f}'}"
+                 for rate, s in ((rate, 100 * mean) for rate, mean in means.items())]  # fmt: skip
         edge = "yes" if len(means) > 1 and best in (min(means), max(means)) else ""
         rows.append([*cells, *shown, *[""] * (most - len(shown)), edge])
     seeds = ", ".join(map(str, sorted({run["run"]["seed"] for run in trials})))
@@ -144,10 +146,6 @@ def learning_rates(
 
 def _in_order(run: Run) -> tuple[tuple[int, str], tuple[int, str]]:
     return position(run["run"]["task"], TASKS), position(run["run"]["method"], LOOKS)
-
-
-def _rate(run: Run) -> float:
-    return run["config"]["train"]["learning_rate"]
 
 
 def _one(values: Iterable[float]) -> str:

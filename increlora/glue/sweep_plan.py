@@ -19,7 +19,6 @@ import functools
 import itertools
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -370,7 +369,8 @@ def final(run: Run, name: str) -> Any:
     scores: dict[Any, list[float]] = {candidate: [] for candidate in value["best_of"]}
     for trial in sources:
         scores[trial.settings[name]].append(result_files.last_score(trial.result, value["split"]))
-    return max(scores, key=lambda candidate: statistics.fmean(scores[candidate]))  # the first of equals
+    means = result_files.trial_means(scores)
+    return max(means, key=means.__getitem__)  # the first of equals
 
 
 def quoted(value: Any) -> str:

@@ -73,15 +73,41 @@ def test_two_runs_of_one_seed_are_refused():
 
 
 def test_arms_of_a_seed_that_did_not_run_alike_are_refused():
-    def run(method, seed, precision, gpu):
-        return a_run(method, seed=seed, config={"precision": precision}, code={"gpu": gpu})
+    def run(method, seed, precision, gpu, **code):
+        return a_run(method, seed=seed, config={"train": {"precision": precision}}, code={"gpu": gpu} | code)
 
     alike = [run("lora", 41, "bf16", "H200"), run("full", 41, "bf16", "H200"), run("lora", 42, "fp32", None)]
     selection.ran_alike(alike)
-    other = "cola seed 42 in minilm_study: lora ran in fp32 on a CPU and full ran in "
-    for precision, gpu, told in [("bf16", None, "bf16 on a CPU"), ("fp32", "H200", "fp32 on one H200")]:
+    other = "cola seed 42 in minilm_study: lora ran in fp32 on CPU and full ran in "
+    began_elsewhere = run("full", 42, "fp32", None, machines_of_sessions=["H200", "CPU"])
+    for second, told in [
+        (run("full", 42, "bf16", None), "bf16 on CPU"), (run("full", 42, "fp32", "H200"), "fp32 on H200"),
+        (began_elsewhere, "fp32 on H200 and CPU"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=f"^{other}{told}; "):
-            selection.ran_alike([*alike, run("full", 42, precision, gpu)])
+            selection.ran_alike([*alike, second])
+
+
+def test_an_arm_has_one_recipe_and_the_rate_that_its_trials_chose():
+    def run(seed, rate, score=0.5, budget="r2", **more):
+        made = a_run(seed=seed, budget=budget, config={"train": {"learning_rate": rate}}, status="finished", **more)
+        return made | {"curve": [{"scores": {"holdout": {"score": score}}}]}
+
+    trials = [run(45, 1e-3, 280 / 367), run(46, 1e-3, 271 / 367), run(45, 3e-3, 0.5), run(46, 3e-3, 0.9)]
+    equal = [run(45, 6e-3, 282 / 367), run(46, 6e-3, 269 / 367)]  # 551 of 734, as 1e-3 has
+    selection.one_arm([run(47, 1e-3), run(48, 1e-3)], [*trials, *equal], "lora")
+    selection.one_arm([run(47, 6e-3)], [*trials, *equal], "lora")
+    assert list(selection.trial_means([*equal, *trials], "lora")) == [1e-3, 3e-3, 6e-3]
+    with pytest.raises(UserError, match=r"^lora: the runs in minilm_study have learning rate 0.003, its trials chose "
+                                        r"0.001 or 0.006$"):  # fmt: skip
+        selection.one_arm([run(47, 3e-3)], [*trials, *equal], "lora")
+    selection.one_arm([run(47, 3e-3)], trials[:3], "lora")  # a trial is missing: they have chosen nothing yet
+    for other, told in [(run(48, 3e-3), "train.learning_rate=0.001, train.learning_rate=0.003"),
+                        (run(48, 1e-3, budget="r8"), "budget=r2, budget=r8")]:  # fmt: skip
+        with pytest.raises(UserError, match=f"^lora: the runs of seeds 47 and 48 in minilm_study differ in {told}$"):
+            selection.one_arm([run(47, 1e-3), other], [], "lora")
+    with pytest.raises(UserError, match=r"^lora at rate 0.001 has two runs with seed 45"):
+        selection.trial_means([*trials, trials[0]], "lora")
 
 
 def test_methods_and_tasks_that_are_not_listed_come_last_under_their_own_names(committed):

@@ -38,9 +38,8 @@ def run(seed, score, method="increlora", budget="r2", pattern=None, fraction=Non
         },
         "code": {"gpu": None},
         "config": {
-            "precision": "fp32",
             "method": {"name": method, "pattern": pattern} | chosen,
-            "train": {"adamw": "torch", "eval_interval": 500},
+            "train": {"adamw": "torch", "eval_interval": 500, "precision": "fp32", "learning_rate": 3e-3},
             "task": task,
         },
         "scores": {"last": {"metrics": {selection.JOINT: {"score": shown / 100}}}},
@@ -120,7 +119,6 @@ def test_every_arm_has_a_row_with_its_difference_to_increlora_and_its_rates():
     for result in runs:
         result["scores"]["last"]["score"] = 0.8
         result["scores"] |= dict.fromkeys(("best", "clean"), result["scores"]["last"])
-        result["config"]["train"]["learning_rate"] = 3e-3
         result.setdefault("status", "finished")
     made = study_c.built(runs)
     arms = [
@@ -139,7 +137,7 @@ def test_the_runs_of_figure_5_are_in_no_test():
     often = seeds(6, 99)
     for result in often:
         result["config"]["train"]["eval_interval"] = 20
-        result["config"]["precision"] = "bf16"
+        result["config"]["train"]["precision"] = "bf16"
     runs = [*often, *seeds(6, 82)]
     assert study_c.Study(runs).arm("increlora")[47] == pytest.approx(82 + NOISE[0] + WIGGLE[0])
 
@@ -149,10 +147,11 @@ def test_two_runs_of_one_arm_and_arms_that_did_not_run_alike_are_refused():
     with pytest.raises(UserError, match="increlora has two runs with seed 47 in study_c"):
         study_c.Study([*runs, runs[0]]).arm("increlora")
     other = seeds(6, 80, method="lora")
-    other[3]["config"]["precision"] = "bf16"
-    little = [r | {"config": r["config"] | {"precision": "bf16"}} for r in seeds(6, 70, method="lora", fraction=0.04)]
+    little = seeds(6, 70, method="lora", fraction=0.04)
+    for result in (other[3], *little):
+        result["config"]["train"]["precision"] = "bf16"
     assert len(study_c.compared(runs + little)) == 12  # low resource is a part of its own
-    with pytest.raises(UserError, match="stsb seed 50 in study_c: increlora ran in fp32 on a CPU and lora ran in bf16"):
+    with pytest.raises(UserError, match="stsb seed 50 in study_c: increlora ran in fp32 on CPU and lora ran in bf16"):
         study_c.built(runs + other)
 
 

@@ -36,13 +36,14 @@ PLAN = Plan(
 
 def write(folder: Path, task: str, method: str, seed: int, score: float, rate: float = 1e-3, **changes) -> None:
     run = {
-        "run": {"task": task, "method": method, "seed": seed, "overrides": ["experiment=trial"]},
+        "run": {"task": task, "method": method, "seed": seed, "budget": "r2", "overrides": ["experiment=trial"]},
         "code": {"gpu": None},
-        "config": {"precision": "fp32", "train": {"learning_rate": rate}},
+        "status": "finished",
+        "config": {"train": {"learning_rate": rate, "precision": "fp32"}, "method": {}},
         "scores": {
             "last": {"score": 0.1, "step": 1, "metrics": {"dev": {"score": 0.1}, "dev+holdout": {"score": score}}}
         },
-        "curve": [{"step": 1, "scores": {"holdout": {"score": score}}}],
+        "curve": [{"step": 1, "scores": {"holdout": {"score": rate}}}],  # the highest rate is chosen
     }
     path = folder / f"{task}-{method}-{rate}" / f"seed{seed}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -127,7 +128,7 @@ def test_the_tables_and_the_verdicts_say_the_same(tmp_path):
     found = lines(tmp_path)
     mean = next(line for line in found[found.index("against random_growth: helps, look 1 of 3") :] if "mean" in line)
     assert rows["random growth"][2] in mean
-    words = {"random_growth": "supported", "uniform": "contradicted"}
+    words = {"random_growth": "supported", "uniform": "no effect"}
     assert {control: decision.verdict(now, control) for control in words} == words
 
 
@@ -147,7 +148,7 @@ def test_readme_says_of_study_a_what_its_runs_say():
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     write(tmp_path, "stsb", "uniform", 47, 0.5)
-    write(tmp_path, "stsb", "uniform", 47, 0.6, 3e-3)
+    write(tmp_path / "copy", "stsb", "uniform", 47, 0.6)
     with pytest.raises(UserError, match="stsb uniform has two runs with seed 47"):
         lines(tmp_path)
     on_dev = {"last": {"score": 0.5, "step": 1, "metrics": {"dev": {"score": 0.5}}}}
@@ -156,8 +157,47 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         lines(tmp_path / "other")
     write(tmp_path / "mixed", "stsb", "uniform", 47, 0.5)
     write(tmp_path / "mixed", "stsb", "increlora", 47, 0.5, code={"gpu": "H200"})
-    with pytest.raises(UserError, match="stsb seed 47 in trial: increlora ran in fp32 on one H200 and uniform ran in"):
+    with pytest.raises(UserError, match="stsb seed 47 in trial: increlora ran in fp32 on H200 and uniform ran in"):
         lines(tmp_path / "mixed")
+
+
+def test_one_typed_rate_for_all_arms_is_refused(tmp_path):
+    study(tmp_path, {"random_growth": 1.0, "uniform": 0.2}, range(47, 50))
+    write(tmp_path, "stsb", "uniform", 50, 0.5, 1e-3)
+    with pytest.raises(
+        UserError, match=r"^stsb uniform: the runs of seeds 50 and 47 in trial differ in train.learning_ra"
+    ):
+        lines(tmp_path)
+
+
+def test_a_diverged_run_ends_only_the_control_that_needs_it(tmp_path):
+    study(tmp_path, {"random_growth": 0.1, "uniform": 0.1}, range(47, 57))
+    grown = {"learning_rate": 3e-3, "precision": "fp32"}
+    for path in tmp_path.rglob("stsb-uniform-0.003/seed*.json"):  # as permuted growth does
+        made = json.loads(path.read_text())
+        path.write_text(json.dumps(made | {"config": {"train": grown, "method": {"pattern": "a run of IncreLoRA"}}}))
+    for rate, seed in ((0.001, 45), (0.003, 50)):
+        path = tmp_path / f"stsb-increlora-{rate}" / f"seed{seed}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged"}))
+        (tmp_path / f"stsb-uniform-{rate}" / f"seed{seed}.json").unlink()
+    found = lines(tmp_path)
+    assert "against uniform: the next look cannot be: a run of increlora that it needs has diverged" in found
+    assert "against uniform: undecided" in found and "against random_growth: not decided yet, look 1 of 3" in found
+    assert [line.split("method=")[1].split()[0] for line in found if line.startswith("python")] == [
+        "increlora,random_growth"
+    ] * 2
+    (tmp_path / "mrpc-random_growth-0.003" / "seed45.json").unlink()  # one that only was not run yet
+    assert lines(tmp_path)[1].startswith("pilot: not complete")
+
+
+def test_a_pilot_without_spread_is_refused(tmp_path):
+    study(tmp_path, {"random_growth": 0.1, "uniform": 0.1}, range(47, 48))
+    for path in tmp_path.rglob("mrpc-*/seed4[56].json"):
+        made = json.loads(path.read_text())
+        made["scores"]["last"]["metrics"]["dev+holdout"]["score"] = 0.68
+        path.write_text(json.dumps(made))
+    with pytest.raises(UserError, match="differences of mrpc do not vary over the tuning seeds"):
+        lines(tmp_path)
 
 
 def test_the_simulation_finds_what_is_there_and_errs_as_rarely_as_the_plan_says():
