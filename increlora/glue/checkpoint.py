@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from increlora import distributed
 from increlora.errors import Busy, UserError, first_line
 from increlora.files import parsed_json, writing
 from increlora.glue.digest import sha256
@@ -103,6 +104,15 @@ def _checksum(document: Any, tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _step(path: Path) -> int | None:
+    """The step of kept weights, None where the file does not say it."""
+    try:
+        with safe_open(path, "pt") as file:
+            return parsed_json((file.metadata() or {})["increlora"])["document"].get("step")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def previous(path: Path) -> Path:
@@ -219,6 +229,7 @@ class Checkpoints:
     commits: list[str] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     machines: list[str] = field(default_factory=list)
+    best_step: int | None = field(default=None, init=False)  # of the weights kept as best
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -229,11 +240,14 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; the one before is still good.
         """
-        document = {
+        document: dict[str, Any] = {
             "identity": self.identity, "commits": self.commits, "threads": self.threads, "machines": self.machines,
             "state": state,
         }  # fmt: skip
+        if self.best_step is not None or not self.path("best").exists():  # else an earlier version kept them
+            document["best_step"] = self.best_step
         write(self.path("checkpoint"), document, keep_previous=True)
+        previous(self.path("best")).unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """The state to continue from, None if there is none.
@@ -264,11 +278,34 @@ class Checkpoints:
                     "and the result says so",
                     change.format(*sessions[-2:]),
                 )
+        if "best_step" in document:
+            self.best_step = document["best_step"]
+            if distributed.is_main():
+                self._restore_best()
         return document["state"]
 
-    def keep(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write the trained weights and the method's structure to `<name>.safetensors`."""
-        write(self.path(name), {"identity": self.identity, "state": state})
+    def _restore_best(self) -> None:
+        """Go back to the best weights that the checkpoint knows: a killed session may have kept others after it."""
+        path = self.path("best")
+        for kept in (path, previous(path)):
+            if kept.exists() and _step(kept) == self.best_step:
+                os.replace(kept, path)
+                break
+        else:
+            path.unlink(missing_ok=True)
+        previous(path).unlink(missing_ok=True)
+
+    def keep(self, name: str, state: Mapping[str, Any], step: int) -> None:
+        """Write the trained weights and the method's structure after a step to `<name>.safetensors`.
+
+        The best ones that the checkpoint knows stay beside it until the next checkpoint.
+        """
+        path = self.path(name)
+        if name == "best":
+            if path.exists() and not previous(path).exists():
+                os.replace(path, previous(path))
+            self.best_step = step
+        write(path, {"identity": self.identity, "step": step, "state": state})
 
     def digests(self) -> dict[str, str]:
         """sha256 of the weights that are kept, by name."""
@@ -276,7 +313,8 @@ class Checkpoints:
 
     def clear(self, *names: str) -> None:
         """Delete the checkpoints, and the weights kept under these names; others stay."""
-        for file in (*map(self.path, names), self.path("checkpoint"), previous(self.path("checkpoint"))):
+        others = (self.path("checkpoint"), *(previous(self.path(name)) for name in ("checkpoint", "best")))
+        for file in (*map(self.path, names), *others):
             file.unlink(missing_ok=True)
 
 

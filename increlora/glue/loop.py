@@ -300,7 +300,7 @@ class Training:
             Evaluation(progress.step, epoch, scores, method.ranks(), parameters, self._seconds(), *penalties)
         )
         if self.checkpoints and distributed.is_main() and best(progress.curve, self.primary) is progress.curve[-1]:
-            self.checkpoints.keep("best", checkpoint.model_state(self.model, method))
+            self.checkpoints.keep("best", checkpoint.model_state(self.model, method), progress.step)
         return {
             f"eval/{metric}" if split == self.primary else f"eval/{split}/{metric}": value
             for split, metrics in scores.items()
@@ -330,7 +330,7 @@ class Training:
             "padded_tokens": progress.padded_tokens,
         }
         if self.checkpoints and distributed.is_main():
-            self.checkpoints.keep("last", checkpoint.model_state(self.model, self.method))
+            self.checkpoints.keep("last", checkpoint.model_state(self.model, self.method), progress.step)
         status = "finished" if progress.step == self.total_steps else "diverged"
         allocations = [asdict(allocation) for allocation in self.method.allocations]
         return Outcome(status, self.start_ranks, progress.curve, allocations, cost, progress.skipped)

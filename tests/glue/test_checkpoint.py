@@ -131,6 +131,36 @@ def test_another_number_of_threads_is_recorded_and_said(tmp_path, caplog):
     assert other.threads == [1, 2] and "this run had 1 threads and goes on with 2" in caplog.text
 
 
+def test_a_killed_session_leaves_the_best_weights_that_the_checkpoint_knows(tmp_path):
+    def session() -> Checkpoints:
+        checkpoints = Checkpoints(tmp_path, IDENTITY)
+        checkpoints.load()
+        return checkpoints
+
+    def kept() -> tuple[int, dict] | None:
+        path = tmp_path / "best.safetensors"
+        return (checkpoint.read(path)["step"], checkpoint.read(path)["state"]) if path.exists() else None
+
+    first = session()
+    first.save({"step": 5})
+    first.keep("best", {"score": 0.4}, 8)  # and is killed: the checkpoint knows of none
+    second = session()
+    assert kept() is None
+    second.keep("best", {"score": 0.5}, 11)
+    second.save({"step": 20})
+    for step in (22, 33):
+        second.keep("best", {"score": step}, step)
+    third = session()
+    assert kept() == (11, {"score": 0.5})
+    third.keep("best", {"score": 0.6}, 22)
+    third.save({"step": 40})
+    session()
+    assert kept() == (22, {"score": 0.6})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.safetensors", "checkpoint.safetensors", "previous-checkpoint.safetensors",
+    ]  # fmt: skip
+
+
 def test_another_kind_of_machine_is_recorded_and_said(tmp_path, caplog):
     Checkpoints(tmp_path, IDENTITY, machines=["NVIDIA H200"]).save({"step": 1})
     other = Checkpoints(tmp_path, IDENTITY, machines=["CPU"])
