@@ -36,6 +36,7 @@ CONFIGS = config.CONFIGS
 SWEEPS = CONFIGS / "sweep"
 NUMBER = r"0|[1-9]\d*"
 ANY_SEED = 987654321  # stands for the seed in a configuration that serves all seeds
+PLACES = ("task.data_dir", "task.folder", "backbone.path")  # no part of what a run is called
 REFUSED = {
     "overwrite": "a sweep does not run again what is finished; delete the directories of the runs that it shall repeat",
     "run_dir": "every run of a sweep has a directory of its own; start the sweep in the folder where they should be",
@@ -177,7 +178,8 @@ def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Map
     runs: dict[str, Run] = {}
 
     def add(own: dict[str, Any]) -> Run:
-        settings = {**sweep.get("common", {}), **where(sweep, own), **own, **extra}
+        given = {key: value for key, value in extra.items() if not (key == "seed" and "seed" in own)}  # as trials have
+        settings = {**sweep.get("common", {}), **where(sweep, {**own, **given}), **own, **given}
         for name, value in settings.items():
             if reason := REFUSED.get(str(name).lstrip("+~")):
                 raise UserError(f"{name}={value}: {reason}")
@@ -186,6 +188,13 @@ def expand(sweep: Mapping[str, Any], chosen: Mapping[str, list[str]], extra: Map
             undecided = {name: value for name, value in settings.items() if isinstance(value, dict)}
             sources = {name: [add(other) for other in needed(own, name, value)] for name, value in undecided.items()}
             runs[key] = Run(settings, sources)
+        if apart := [
+            f"{name}={settings[name]}" for name in PLACES if settings.get(name) != runs[key].settings.get(name)
+        ]:
+            raise UserError(
+                f"{apart[0]}: a run with other values of it has the same directory, so one of them would be left out; "
+                "give each a task (or a backbone) of its own, or a sweep in a folder of its own"
+            )
         return runs[key]
 
     for block in sweep["runs"]:
@@ -233,10 +242,10 @@ def is_value(value: Any, word: str) -> bool:
 
 
 def refuse_idle_conditions(path: Path, common: Mapping[str, Any], conditions: Iterable[str], blocks: Any) -> None:
-    """Return if every part of a condition is a value that some run of the sweep has.
+    """Return if every part of a condition is a value that some run of the sweep has from the start.
 
     Raises:
-        UserError: no run has it.
+        UserError: no run has it, or trials choose it.
     """
     blocks = [common, *blocks]
     for block in blocks:  # those of the runs that these need come to the end
@@ -245,6 +254,11 @@ def refuse_idle_conditions(path: Path, common: Mapping[str, Any], conditions: It
                 blocks += [value["run_with"]] if "run_with" in value else [{"seed": value["seed"]}]
     for condition in conditions:
         for key, word in parts_of(condition):
+            if any(isinstance(value, dict) and "best_of" in value for b in blocks for value in listed(b.get(key, []))):
+                raise UserError(
+                    f"{path}: the condition '{condition}' is about {key}, which trials choose (best_of), so the run "
+                    "that follows them could not have its overrides"
+                )
             if not any(is_value(value, word) for block in blocks for value in alternatives(block.get(key, []))):
                 raise UserError(
                     f"{path}: the condition '{condition}' holds for no run of the sweep, which has no {key}={word}; "
@@ -365,6 +379,11 @@ def final(run: Run, name: str) -> Any:
     """The value of an override that depends on other runs."""
     value, sources = run.settings[name], run.sources[name]
     if "run_with" in value:
+        if sources[0].result is not None and not (sources[0].directory / result_files.FILE_NAME).exists():
+            raise UserError(
+                f"{run.name} needs the run directory {sources[0].directory}; the result known elsewhere is not enough, "
+                "so run it here, or copy the result there"
+            )
         return sources[0].directory
     scores: dict[Any, list[float]] = {candidate: [] for candidate in value["best_of"]}
     for trial in sources:

@@ -129,6 +129,36 @@ def test_a_run_that_depends_on_another_method_has_what_the_sweep_says_of_that_me
     assert [run.settings["method.orth_weight"] for run in found] == [0.0, 0.3]  # a block says it
 
 
+def test_runs_that_would_share_a_directory_are_refused():
+    for name in ("task.data_dir", "backbone.path"):
+        sweep = {"about": "", "runs": [{name: ["fold1", "fold2"], "task": "rte", "seed": 1}]}
+        with pytest.raises(UserError, match=f"^{name}=fold2: a run with other values of it has the same directory"):
+            sweep_plan.expand(sweep, {}, {})
+        assert len(sweep_plan.expand(sweep, {name: ["fold2"]}, {})) == 1
+
+
+def test_what_is_given_on_the_command_line_counts_in_conditions_and_leaves_trials_their_seeds():
+    sweep = {
+        "about": "", "common": {"task": "stsb", "train.learning_rate": BEST | {"seed": [39, 40]}},
+        "where": {"task=stsb": {"train.max_steps": 40}}, "runs": [{"method": ["lora"]}],
+    }  # fmt: skip
+    runs = sweep_plan.expand(sweep, {}, {"task": "rte", "seed": "41"})
+    assert {run.settings["task"] for run in runs} == {"rte"} and not any("train.max_steps" in r.settings for r in runs)
+    assert sorted(str(run.settings["seed"]) for run in runs) == ["39"] * 3 + ["40"] * 3 + ["41"]
+
+
+def test_a_pattern_that_only_other_results_know_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = {"method": "static_pattern", "seed": 1, "method.pattern": {"run_with": {"method": "increlora"}}}
+    (source, run) = sweep_plan.expand({"about": "", "runs": [block]}, {}, {})
+    sweep_plan.resolve(source)
+    source.result = {"status": "finished"}  # as --known has it
+    with pytest.raises(
+        UserError, match=f"^static_pattern seed 1 needs the run directory {source.directory}; the result"
+    ):
+        sweep_plan.resolve(run)
+
+
 def test_values_as_hydra_reads_them():
     values = {"runs/a=b,c=1/seed1": str, 1e-5: float, "r2": str}
     for value in values:
@@ -206,6 +236,10 @@ BAD = {
     "runs as one block": ("about: x\nruns: {task: rte}\n", BLOCKS),
     "no runs": ("about: x\nruns:\n", BLOCKS),
     "common as a list": ("about: x\ncommon: [budget=r2]\nruns: []\n", "common is not a mapping of override"),
+    "where of a tried value": (
+        "about: x\nwhere: {a=1: {b: 2}}\nruns: [{a: {best_of: [1, 2], split: dev, seed: 1}}]\n",
+        "is about a, which trials choose",
+    ),
     "where as a list": ("about: x\nwhere: [task=rte]\nruns: []\n", "where is not a mapping of override"),
     "where that nothing has": ("about: x\nwhere: {method=lroa: {a: 1}}\nruns: [{method: lora}]\n", "no method=lroa"),
     "where without overrides": ("about: x\nwhere: {task=rte: 3}\nruns: []\n", "where task=rte is not a mapping"),
