@@ -1,6 +1,6 @@
 """Score a released adapter (a folder of results/adapters) on its task, beside the score that its run reported.
 
-    python scripts/score_adapter.py results/adapters/mrpc [task.data_dir=GLUE] [backbone.path=DIR]
+    python scripts/score_adapter.py results/adapters/mrpc [task.data_dir=GLUE] [backbone.path=DIR] [--checkpoint last]
 
 The folder holds a PEFT adapter and the result of the run that it comes from, which says task, backbone and precision.
 The adapter is loaded by PEFT on the pretrained model and scored by the benchmark's own evaluation. The update is
@@ -20,8 +20,11 @@ from increlora.glue.evaluate import evaluate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="ADAPTER", help="a folder of results/adapters")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="what export.py was given (default: best)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="task.data_dir=DIR, backbone.path=DIR, ...")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     from peft import PeftModel
 
     result = finished_run.read_result(arguments.folder)
@@ -36,7 +39,7 @@ def main() -> None:
     if other := results.changed_inputs(result, identity.inputs(task, backbone)):
         print(f"not what the adapter was trained with: {results.in_words(other)}", file=sys.stderr)
     scores = evaluate(model, task, data, settings, tokenizer.pad_token_id)
-    reported = result["scores"]["best"]["metrics"]
+    reported = result["scores"][arguments.checkpoint]["metrics"]
     for split, metrics in scores.items():
         for metric, value in metrics.items():
             print(f"{split:12s} {metric:10s} {value:.4f}   reported {reported[split][metric]:.4f}")

@@ -124,8 +124,8 @@ class Backbone:
 
         Of a folder that the user gave also those of its config.json and its tokenizer.
 
-        Nothing where these fields decide alone, and where the weights are still to be fetched from the hub, as they
-        never are after `model`.
+        Nothing where these fields decide alone. Where the weights are still to be fetched, as they never are after
+        `model`, that they are not from a folder.
 
         Raises:
             UserError: no such folder, or files that cannot be read.
@@ -137,7 +137,7 @@ class Backbone:
             return {"base": self.sha256}  # `model` refuses any other
         folder = self.files.present(CONFIG, WEIGHTS)
         if folder is None:
-            return {}
+            return {"folder": "none"}
         found = {"base": sha256(next(folder / name for (name,) in WEIGHTS if (folder / name).is_file()))}
         if self.path is None:  # the hub's revision and a package's version say the rest
             return found

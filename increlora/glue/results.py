@@ -20,6 +20,8 @@ INPUTS = {
     "base": "pretrained weights",
     "architecture": "config.json",
     "pattern": "ranks (method.pattern)",
+    "source": "data (task.data_dir)",
+    "folder": "pretrained weights (backbone.path)",
 }  # where the name alone is not clear
 
 
@@ -134,7 +136,12 @@ def stored(
 
 def changed_inputs(result: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """The names of the inputs whose digest has changed; inputs that the result does not record are not compared."""
-    return [name for name, digest in inputs.items() if digest != result["inputs"].get(name, digest)]
+    recorded = {
+        **result["inputs"],
+        "source": result["data"]["source"],
+        "folder": "given" if "architecture" in result["inputs"] else "none",  # recorded of a folder alone
+    }
+    return [name for name, digest in inputs.items() if digest != recorded.get(name, digest)]
 
 
 def in_words(inputs: Sequence[str]) -> str:

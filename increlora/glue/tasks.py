@@ -224,14 +224,16 @@ class Task:
     def inputs(self) -> dict[str, str]:
         """The digest of the data, by name: of what `load` read, else of the local files.
 
-        Data from the hub, and generated data, have none before: a fixed revision, or the fields, say what they are.
+        Before, data from the hub have their source, with its revision; of generated data the fields say what they are.
 
         Raises:
             UserError: local data that is missing or malformed.
         """
         if self.fingerprint is None and self.data_dir is not None:
             self.fingerprint = fingerprint(self.read()[1])
-        return {} if self.fingerprint is None else {"data": self.fingerprint}
+        if self.fingerprint is not None:
+            return {"data": self.fingerprint}
+        return {} if self.subset is None else {"source": f"{GLUE}@{GLUE_REVISION}"}
 
     def read(self) -> tuple[str, dict[str, Examples]]:
         """The source, and its splits as they are: `train`, then those of `dev`."""

@@ -14,7 +14,7 @@ from increlora import result_files
 from increlora.errors import UserError
 from increlora.glue import checkpoint, config, identity, results, sweep_plan
 from increlora.glue.checkpoint import Checkpoints
-from increlora.glue.tasks import Task
+from increlora.glue.tasks import GLUE, GLUE_REVISION, Task
 
 RUNS = ROOT / "results" / "runs"
 R8 = "recipe=increlora/r8/rte"
@@ -112,13 +112,17 @@ def test_a_sweep_runs_once_what_differs_in_words_only():
     assert sweep_plan.final(run, "x") == need.directory
 
 
-def test_a_known_result_is_found_wherever_it_lies(tmp_path):
+def test_a_known_result_of_the_same_data_is_found_wherever_it_lies(tmp_path, monkeypatch):
     path = next(
         RUNS.glob("minilm/r2/increlora/stsb/experiment=study_c,method.advance_learning=True*/seed47.json")
     )  # named by words too
-    run, words = result_files.read(path)["run"], ["settings_from='other words'"]
+    known = result_files.read(path)
+    run, words = known["run"], ["settings_from='other words'"]
     overrides = [*(f"{key}={run[key]}" for key in identity.KEYS), *run["overrides"], *words]
     asked = sweep_plan.Run({}, overrides=overrides, directory=tmp_path / "nowhere")
+    assert sweep_plan.find_result(asked, RUNS) is None  # asked for the hub's data; it was local files
+    monkeypatch.setattr(Task, "inputs", lambda _: {"data": known["data"]["fingerprint"]})
+    sweep_plan._inputs.cache_clear()  # a process sees one state of its data
     assert sweep_plan.find_result(asked, RUNS)["run"] == run
     asked.overrides = [*overrides, "train.epochs=6"]
     assert sweep_plan.find_result(asked, RUNS) is None
@@ -144,9 +148,10 @@ def test_every_part_tells_what_it_reads_and_an_unknown_name_is_said_as_it_is(tmp
         results.stored(tmp_path, CONFIG, lambda: {"base": "c", "teacher": "u"})
 
 
-def test_a_task_tells_what_it_loaded_and_nothing_of_the_hub_before(tmp_path):
+def test_a_task_tells_what_it_loaded_and_before_where_the_hub_has_it(tmp_path):
     described = {"fields": ["text"], "labels": ["no", "yes"], "metrics": ["accuracy"], "primary": "accuracy"}
-    assert Task("t", max_length=8, subset="t", **described).inputs() == {}
+    assert Task("t", max_length=8, subset="t", **described).inputs() == {"source": f"{GLUE}@{GLUE_REVISION}"}
+    assert Task("t", max_length=8, **described).inputs() == {}
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\na\tno\nb\tyes\n")
     local = Task("t", max_length=8, data_dir=str(tmp_path), **described)

@@ -56,6 +56,10 @@ def test_a_finished_run_is_not_returned_for_other_data_or_weights(files, tmp_pat
         with pytest.raises(UserError, match=f"of a run with other {said} than those given"):
             found(run_dir, files)
         file.write_text(text)
+    for left_out, said in ((-2, r"data \(task.data_dir\)"), (-1, r"pretrained weights \(backbone.path\)")):
+        rest = [argument for argument in files if argument is not files[left_out]]  # those of the hub
+        with pytest.raises(UserError, match=f"of a run with other {said} than those given"):
+            found(run_dir, rest)
     write_data(tmp_path / "data", flipped=True)
     with pytest.raises(UserError, match="of a run with other data than those given"):
         found(run_dir, files)
@@ -96,7 +100,12 @@ def test_a_pattern_that_was_made_anew_is_another(tmp_path):
         (tmp_path / "pattern.json").write_text(text)
 
     write({"a": 1, "b": 3})
-    arguments = ["method=static_pattern", "backbone=tiny", f"method.pattern={tmp_path / 'pattern.json'}"]
+    arguments = [
+        "method=static_pattern",
+        "backbone=tiny",
+        "task=synthetic_entailment",
+        f"method.pattern={tmp_path / 'pattern.json'}",
+    ]
     before = config.inputs(config.load(arguments))
     write({"b": 3, "a": 1})
     assert config.inputs(config.load(arguments)) == before and set(before) == {"pattern"}
