@@ -48,7 +48,7 @@ def test_a_trainer_in_two_processes_grows_and_learns_as_in_one(tmp_path):
     growth = [torch.load(tmp_path / n / "growth.pt") for n in ("1", "2")]
     assert growth[0] == growth[1] and len(growth[0]) > 3
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9)  # as in test_peft_examples
 
 
 # what shards the model

@@ -81,7 +81,8 @@ def test_two_processes_grow_and_learn_as_one_does(tmp_path):
     assert [total_rank(said) for said in out] == [BUDGET["others"]] * 2
     assert one.keys() == two.keys()
     for key, value in one.items():  # of the same shapes, so all ranks are the same
-        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
+        # sums of another order, which Adam magnifies where gradients are small: 1.3e-10 on a CPU with AVX2 alone
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9)
 
 
 def test_the_page_for_users_of_peft_says_what_runs(tmp_path):
