@@ -320,8 +320,9 @@ def grow(arm: Arm) -> float:
 
 
 def merged(arm: Arm) -> nn.Module:
-    """A copy of an arm's model with the update folded into its weights."""
+    """A copy of an arm's model with the update folded into its weights, which must be fp32 for that."""
     model, method = copy.deepcopy((arm.run.model, arm.run.method))
+    model.float()
     method.merge(model)
     return model
 

@@ -1,6 +1,7 @@
 """How to train: steps, rates, batches, precision and device; settings that cannot work are refused."""
 
 import contextlib
+import functools
 import logging
 import math
 import re
@@ -82,11 +83,7 @@ class Settings:
         if self.precision == "fp16" and self.torch_device.type != "cuda":
             raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or fp32")
         if self.precision == "bf16" and not multiplies_bf16(self.torch_device):
-            log.warning(
-                "precision=bf16: this %s has no matrix products in bf16, so a step can take many times as long "
-                "as in fp32; use precision=fp32",
-                "GPU" if self.torch_device.type == "cuda" else "processor",
-            )
+            warn_of_bf16("GPU" if self.torch_device.type == "cuda" else "processor")
 
     @property
     def torch_device(self) -> torch.device:
@@ -123,6 +120,16 @@ class Settings:
         """The context in which a forward computes in `precision`."""
         dtype = self.autocast_dtype
         return torch.autocast(self.torch_device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+@functools.cache  # once in a process
+def warn_of_bf16(what: str) -> None:
+    """Tell that bf16 costs time on this GPU or processor."""
+    log.warning(
+        "precision=bf16: this %s has no matrix products in bf16, so a step can take many times as long as in fp32; "
+        "use precision=fp32",
+        what,
+    )
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -41,6 +41,12 @@ def test_every_arm_is_measured_in_every_shape(tmp_path):
     assert "| increlora, scoring |" in printed and "| 2 x 8 | 3 x 4 |" in printed
 
 
+def test_bf16_is_measured_too(tmp_path):
+    arguments = ["--precision", "bf16", "--shapes", "2x8", "--repeats", "1", "--methods", "increlora", "--no-memory"]
+    result, _ = measured(tmp_path, "benchmark.py", *arguments)
+    assert {"evaluation increlora, merged", "lora, weights cast"} <= set(result["shapes"]["2x8"]["seconds"])
+
+
 def test_peak_memory_of_an_arm(tmp_path):
     result, _ = measured(tmp_path, "benchmark.py", "--shapes", "2x8", "--repeats", "1", "--methods", "lora")
     assert result["shapes"]["2x8"]["memory"].keys() == {"lora"} and result["shapes"]["2x8"]["memory"]["lora"] > 50
