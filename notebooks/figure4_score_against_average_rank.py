@@ -65,10 +65,11 @@ grouped = {}  # (backbone, task) -> average rank -> runs
 for run in (run for run in selection.load(METHODS) if of_the_paper(run) or of_study_c(run)):
     place = grouped.setdefault((run["run"]["backbone"], run["run"]["task"]), {})
     place.setdefault(average_rank(run), []).append(run)
-panels = {
-    place: {average: selection.by_method(runs) for average, runs in sorted(budgets.items())}
-    for place, budgets in grouped.items()
-}
+panels = {}
+for place, budgets in grouped.items():
+    found = {average: selection.by_method(runs) for average, runs in sorted(budgets.items())}
+    if compared := {average: runs for average, runs in found.items() if set(runs) == set(METHODS)}:
+        panels[place] = compared
 if not panels:
     print("No runs yet: python scripts/sweep.py study_c task.data_dir=GLUE; python scripts/collect.py runs")
 for (backbone, task), budgets in panels.items():
