@@ -54,15 +54,14 @@ def read(plan: Plan, runs: Iterable[Run]) -> Runs:
     for cell, (compared, trials) in arms.items():
         name = " ".join(cell)
         selection.one_arm(compared, trials, name)
-        found.compared[cell] = _scores(compared, name, plan.split)
-        for rate in {selection.rate(run) for run in trials}:
-            of_rate = [run for run in trials if selection.rate(run) == rate]
-            found.trials.setdefault(rate, {})[cell] = _scores(of_rate, name, plan.split)
+        found.compared[cell] = _points(selection.by_seed(compared, name), plan.split)
+        for rate, of_rate in selection.by_rate(trials, name).items():
+            found.trials.setdefault(rate, {})[cell] = _points(of_rate, plan.split)
     return found
 
 
-def _scores(runs: Iterable[Run], arm: str, split: str) -> dict[int, float]:
-    return {seed: selection.points(run, split) for seed, run in selection.by_seed(runs, arm).items()}
+def _points(runs: Mapping[int, Run], split: str) -> dict[int, float]:
+    return {seed: selection.points(run, split) for seed, run in runs.items()}
 
 
 def pilot(plan: Plan, runs: Runs) -> dict[str, float] | None:

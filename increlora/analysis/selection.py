@@ -88,18 +88,22 @@ def rate(run: Run) -> float:
     return run["config"]["train"]["learning_rate"]
 
 
-def trial_means(trials: Iterable[Run], arm: str) -> dict[float, float]:
-    """Learning rate -> mean score of the last step on held-out examples, of the trials of an arm.
+def by_rate(trials: Iterable[Run], arm: str) -> dict[float, dict[int, Run]]:
+    """Learning rate, in order -> seed -> run, of the trials of an arm.
 
     Raises:
         UserError: two trials of one rate and seed.
     """
-    by_rate: dict[float, list[Run]] = {}
+    found: dict[float, list[Run]] = {}
     for run in trials:
-        by_rate.setdefault(rate(run), []).append(run)
-    found = {value: by_seed(by_rate[value], f"{arm} at rate {value:g}").values() for value in sorted(by_rate)}
+        found.setdefault(rate(run), []).append(run)
+    return {value: by_seed(found[value], f"{arm} at rate {value:g}") for value in sorted(found)}
+
+
+def trial_means(trials: Mapping[float, Mapping[int, Run]]) -> dict[float, float]:
+    """Learning rate -> mean score of the last step on held-out examples, of trials by rate."""
     return result_files.trial_means(
-        {k: [result_files.last_score(r, "holdout") for r in runs] for k, runs in found.items()}
+        {value: [result_files.last_score(run, "holdout") for run in seeds.values()] for value, seeds in trials.items()}
     )
 
 
@@ -115,10 +119,10 @@ def one_arm(runs: Sequence[Run], trials: Sequence[Run], arm: str) -> None:
         if changed := sorted(_settings(runs[0]) ^ _settings(run)):
             seeds = " and ".join(str(r["run"]["seed"]) for r in (runs[0], run))
             raise UserError(f"{arm}: the runs of seeds {seeds} in {experiment(run)} differ in {', '.join(changed)}")
-    means = trial_means(trials, arm)
-    tried = {value: {r["run"]["seed"] for r in trials if rate(r) == value} for value in means}
-    if not runs or not means or any(seeds != tried[rate(trials[0])] for seeds in tried.values()):
+    tried = by_rate(trials, arm)
+    if not runs or not tried or len({frozenset(seeds) for seeds in tried.values()}) > 1:
         return
+    means = trial_means(tried)
     best, ours = max(means.values()), rate(runs[0])
     if means.get(ours) != best:
         chosen = " or ".join(f"{value:g}" for value, mean in means.items() if mean == best)

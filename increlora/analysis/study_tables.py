@@ -127,7 +127,9 @@ def learning_rates(
     found: dict[tuple[str, ...], list[Run]] = {}
     for run in trials:
         found.setdefault(arm(run), []).append(run)
-    by_arm = {cells: selection.trial_means(of_arm, " ".join(cells)) for cells, of_arm in found.items()}
+    by_arm = {
+        cells: selection.trial_means(selection.by_rate(of_arm, " ".join(cells))) for cells, of_arm in found.items()
+    }
     rows, most = [], max((len(means) for means in by_arm.values()), default=0)
     for cells, means in by_arm.items():
         best = max(means, key=means.__getitem__)

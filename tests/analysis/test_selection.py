@@ -97,7 +97,7 @@ def test_an_arm_has_one_recipe_and_the_rate_that_its_trials_chose():
     equal = [run(45, 6e-3, 282 / 367), run(46, 6e-3, 269 / 367)]  # 551 of 734, as 1e-3 has
     selection.one_arm([run(47, 1e-3), run(48, 1e-3)], [*trials, *equal], "lora")
     selection.one_arm([run(47, 6e-3)], [*trials, *equal], "lora")
-    assert list(selection.trial_means([*equal, *trials], "lora")) == [1e-3, 3e-3, 6e-3]
+    assert list(selection.trial_means(selection.by_rate([*equal, *trials], "lora"))) == [1e-3, 3e-3, 6e-3]
     with pytest.raises(UserError, match=r"^lora: the runs in minilm_study have learning rate 0.003, its trials chose "
                                         r"0.001 or 0.006$"):  # fmt: skip
         selection.one_arm([run(47, 3e-3)], [*trials, *equal], "lora")
@@ -107,7 +107,7 @@ def test_an_arm_has_one_recipe_and_the_rate_that_its_trials_chose():
         with pytest.raises(UserError, match=f"^lora: the runs of seeds 47 and 48 in minilm_study differ in {told}$"):
             selection.one_arm([run(47, 1e-3), other], [], "lora")
     with pytest.raises(UserError, match=r"^lora at rate 0.001 has two runs with seed 45"):
-        selection.trial_means([*trials, trials[0]], "lora")
+        selection.by_rate([*trials, trials[0]], "lora")
 
 
 def test_methods_and_tasks_that_are_not_listed_come_last_under_their_own_names(committed):
