@@ -4,6 +4,7 @@ A verdict is supported, contradicted, no effect, undecided or not run here. What
 the runs (results/studies).
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,11 @@ class Evidence:
     published: base_size.Published
     study_a: Progress
 
-    @property
+    @functools.cached_property
+    def study_c(self) -> study_c.Study:
+        return study_c.Study(self.runs_of(study_c.EXPERIMENT))
+
+    @functools.cached_property
     def base_size(self) -> dict[str, Runs]:
         return base_size.complete(selection.of_experiment(self.runs, base_size.EXPERIMENT))
 
@@ -99,7 +104,7 @@ def of_study_a(control: str) -> Callable[[Evidence], str]:
 
 def of_study_c(part: str, question: str) -> Callable[[Evidence], str]:
     """What a test of study C says by its protocol."""
-    return lambda evidence: study_c.verdict(evidence.runs_of(study_c.EXPERIMENT), part, question)
+    return lambda evidence: study_c.verdict(evidence.study_c, part, question)
 
 
 def described(experiment: str, part: str = "") -> Callable[[Evidence], str]:

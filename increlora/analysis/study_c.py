@@ -141,9 +141,9 @@ TESTS: dict[str, tuple[range, dict[str, Callable[[Study], Values]]]] = {
 }  # fmt: skip
 
 
-def outcomes(runs: Sequence[Run], part: str) -> list[Outcome]:
+def outcomes(study: Study, part: str) -> list[Outcome]:
     """The outcome of every test of a part; empty while a run of the part is missing."""
-    study, (seeds, tests) = Study(runs), TESTS[part]
+    seeds, tests = TESTS[part]
     values = {question: test(study) for question, test in tests.items()}
     if any(set(found) < set(seeds) for found in values.values()):
         return []
@@ -167,10 +167,10 @@ def word(differences: Sequence[float], p: float, made: bool = True) -> str:
     return "no effect" if interval.low > -MARGIN and interval.high < MARGIN else "undecided"
 
 
-def verdict(runs: Sequence[Run], part: str, question: str) -> str:
+def verdict(study: Study, part: str, question: str) -> str:
     """What a test says of its claim; undecided while runs of its part are missing, if it has a pair at all."""
-    words = {outcome.question: outcome.word for outcome in outcomes(runs, part)}
-    begun = TESTS[part][1][question](Study(runs))
+    words = {outcome.question: outcome.word for outcome in outcomes(study, part)}
+    begun = TESTS[part][1][question](study)
     return words.get(question, "undecided" if begun else "not run here")
 
 
@@ -246,8 +246,8 @@ def built(runs: Sequence[Run]) -> dict[str, Table]:
 
 def tests(runs: Sequence[Run]) -> Table:
     """Every test that can be made."""
-    rows = []
-    for outcome in (outcome for part in TESTS for outcome in outcomes(runs, part)):
+    rows, study = [], Study(runs)
+    for outcome in (outcome for part in TESTS for outcome in outcomes(study, part)):
         rows.append([
             outcome.part, outcome.question, difference_text(outcome.values), str(len(outcome.values)),
             f"{outcome.p:.3f}", outcome.word,

@@ -51,7 +51,9 @@ def seeds(count, score, **what):
 
 
 def told(runs, part):
-    return {o.question: (round(float(np.mean(o.values)), 6), o.word) for o in study_c.outcomes(runs, part)}
+    return {
+        o.question: (round(float(np.mean(o.values)), 6), o.word) for o in study_c.outcomes(study_c.Study(runs), part)
+    }
 
 
 def test_figure_4_and_low_resource_by_hand():
@@ -91,7 +93,7 @@ def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
         "advance learning": (-0.8, "contradicted"),
         "restart warmup": (0.0, "no effect"),
     }
-    assert study_c.outcomes(runs, "Table 2")[0].p == pytest.approx(3 * 2 / 2**8)  # Holm's, of three
+    assert study_c.outcomes(study_c.Study(runs), "Table 2")[0].p == pytest.approx(3 * 2 / 2**8)  # Holm's, of three
     assert len(study_c.tests(runs).rows) == 3
 
 
