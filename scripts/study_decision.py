@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from increlora import result_files
-from increlora.analysis import comparison, decision, sequential
+from increlora.analysis import decision, sequential
 from increlora.analysis.decision import Progress, State
 from increlora.analysis.sequential import Plan
 from increlora.analysis.tables import with_interval
@@ -39,13 +39,13 @@ def told(plan: Plan, found: State) -> Iterator[str]:
     within = min(now.z(-plan.margin), -now.z(plan.margin))
     yield f"  mean over these tasks {with_interval(now.mean, low, high)} (repeated interval)"
     yield f"  z {now.z():+.2f}, bound {different:.2f}; within {plan.margin} points: z {within:.2f}, bound {same:.2f}"
-    for task, values in found.used.items():
-        span = comparison.interval(values)
+    for task, span in found.alone().items():
+        values = found.used[task]
         yield f"  {task}: {with_interval(values.mean(), span.low, span.high)}, {len(values)} seeds"
-    yield from beside(plan, found)
+    yield from beside(found)
 
 
-def beside(plan: Plan, found: State) -> Iterator[str]:
+def beside(found: State) -> Iterator[str]:
     """What is described and decides nothing."""
     across = sequential.across_tasks(found.used)
     differ = "the tasks differ" if across.p < 0.05 else "no difference between tasks shown"

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from increlora.analysis import comparison, selection, sequential
+from increlora.analysis.comparison import Interval
 from increlora.analysis.looks import LOOKS, TASKS
 from increlora.analysis.selection import Run
 from increlora.analysis.sequential import HELPS, HURTS, SAME, UNDECIDED, WORDS, Estimate, Plan
@@ -125,6 +126,10 @@ class State:
     at: int
     stopped: bool = False
 
+    def alone(self) -> dict[str, Interval]:
+        """Task -> 95 % t interval of its mean difference by itself; it decides nothing."""
+        return {task: comparison.interval(values, method="t") for task, values in self.used.items()}
+
 
 def state(plan: Plan, runs: Runs, control: str, sd: Mapping[str, float], sizes: Sequence[Mapping[str, int]]) -> State:
     """The decision about one control from the runs that there are."""
@@ -202,19 +207,27 @@ def outcomes(plan: Plan, now: Progress) -> Table:
         if state.looks:
             last = state.looks[-1]
             low, high = last.interval(plan.bounds()[0][len(state.looks) - 1])
-            alone = []
-            for values in state.used.values():
-                span = comparison.interval(values, method="t")
-                alone.append(f"{with_interval(values.mean(), span.low, span.high)} ({len(values)})")
-            cells += [f"{len(state.looks)} of {plan.looks}", with_interval(last.mean, low, high), *alone]
-        rows.append([*cells, *[""] * (4 + len(plan.seeds) - len(cells))])
+            general = sequential.across_tasks(state.used)
+            cells += [
+                f"{len(state.looks)} of {plan.looks}",
+                with_interval(last.mean, low, high),
+                with_interval(general.mean, general.low, general.high),
+            ]
+            for task, span in state.alone().items():
+                values = state.used[task]
+                cells.append(f"{with_interval(values.mean(), span.low, span.high)} ({len(values)})")
+        rows.append([*cells, *[""] * (5 + len(plan.seeds) - len(cells))])
     method = LOOKS[plan.method].label
     caption = (
         f"{method} minus each control in points on {plan.split}, positive where {method} is better: the mean over the "
-        f"tasks, weighted by precision, with the repeated interval of the looks; every task alone with its 95 % t "
-        f"interval (seeds). Does not help: the mean lies within {plan.margin} points of 0."
+        f"tasks, weighted by precision, with the repeated interval of the looks, which alone decides; the mean of a "
+        f"random effect of the task, which speaks of tasks in general, with its 95 % interval; every task alone with "
+        f"its 95 % t interval (seeds). Does not help: the mean over these tasks lies within {plan.margin} points of 0."
     )
-    columns = [f"{method} against", "outcome", "look", "mean over tasks", *(TASKS[task] for task in plan.seeds)]
+    columns = [
+        f"{method} against", "outcome", "look", "mean over these tasks", "tasks in general",
+        *(TASKS[task] for task in plan.seeds),
+    ]  # fmt: skip
     return Table(caption, columns, rows)
 
 

@@ -124,10 +124,11 @@ def test_the_tables_and_the_verdicts_say_the_same(tmp_path):
     now = decision.progress(PLAN, decision.read(PLAN, runs))
     rows = {row[0]: row[1:] for row in decision.tables(PLAN, now, runs)["trial_outcomes"].rows}
     assert rows["random growth"][:2] == ["helps", "1 of 3"] and rows["uniform ranks"][0] == "does not help"
-    assert rows["random growth"][3].endswith("(10)") and rows["random growth"][4].endswith("(6)")
+    assert rows["random growth"][4].endswith("(10)") and rows["random growth"][5].endswith("(6)")
     found = lines(tmp_path)
     mean = next(line for line in found[found.index("against random_growth: helps, look 1 of 3") :] if "mean" in line)
     assert rows["random growth"][2] in mean
+    assert all(any(cell.removesuffix(" (10)") in line for line in found) for cell in rows["random growth"][3:5])
     words = {"random_growth": "supported", "uniform": "no effect"}
     assert {control: decision.verdict(now, control) for control in words} == words
 
@@ -141,9 +142,12 @@ def test_readme_says_of_study_a_what_its_runs_say():
     }  # fmt: skip
     used = states["uniform"].used
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"({len(used)} tasks, {sum(map(len, used.values()))} paired seeds)".replace("3 t", "three t") in page
+    seeds = [len(used[task]) for task in ("stsb", "sst2", "mrpc")]
+    assert "(STS-B, SST-2 and MRPC with {}, {} and {} paired seeds)".format(*seeds) in page
     assert f"growth at random scores the same within {plan.margin} points" in page
-    assert f"equal ranks from the start score {-states['uniform'].looks[-1].mean:.1f} points *more*" in page
+    last = states["uniform"].looks[-1]
+    low, high = last.interval(plan.bounds()[0][0])
+    assert f"equal ranks from the start score {-last.mean:.2f} [{-high:.2f}, {-low:.2f}] points *more*" in page
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
