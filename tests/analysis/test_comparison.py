@@ -14,7 +14,6 @@ from increlora.analysis.comparison import (
     common_seeds,
     compare,
     compare_tasks,
-    expected_validation_performance,
     glue_average,
     holm,
     interquartile_mean,
@@ -342,19 +341,6 @@ def test_the_interval_of_an_average_over_tasks_covers():
 
 
 # planning
-
-
-def test_expected_validation_performance_by_hand():
-    # of 1, 2, 3: one trial 2; two 1/9 + 2 * 3/9 + 3 * 5/9; three 1/27 + 2 * 7/27 + 3 * 19/27
-    assert expected_validation_performance([3.0, 1.0, 2.0]) == pytest.approx([2, 22 / 9, 72 / 27])
-    assert expected_validation_performance([5.0]).tolist() == [5.0]
-    assert expected_validation_performance([4.0] * 3) == pytest.approx([4.0] * 3)
-
-
-def test_expected_validation_performance_against_every_draw():
-    values = [0.3, 0.9, 0.5, 0.5]
-    every = [np.mean([max(draw) for draw in itertools.product(values, repeat=n)]) for n in (1, 2, 3, 4)]
-    assert expected_validation_performance(values) == pytest.approx(every)
 
 
 def test_seeds_needed():
