@@ -98,6 +98,7 @@ class Bank(nn.Module):
         self._views: dict[tuple[int, bool, bool, torch.dtype], dict[str, Views]] = {}
         self._last: tuple[Any, dict[int, Tensor]] = (None, {})
         self.depth = 0  # of calls under way of modules that hold all matrices
+        self.outermost = 0  # id of the module of the first of them
         self.restored = False  # whether Growth restores the structure when a state is loaded
         self.saves_unmerged = False  # whether `save_pretrained` of the model may write a checkpoint
         self.passed = False  # whether a forward pass with gradients has begun since this was last set to False
@@ -418,7 +419,12 @@ class Bank(nn.Module):
             found.append((stack.view(*index.identities.shape[:2], -1), index.identities))
         return found
 
-    def _enter(self, *_: Any) -> None:
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            if self.outermost == id(module):  # a call that Ctrl-C ended has run no hook
+                self.depth = 0
+            if self.depth == 0:
+                self.outermost = id(module)
         if self.depth == 0:
             self._forget()
         self.depth += 1
@@ -426,7 +432,7 @@ class Bank(nn.Module):
             self.passed = True
 
     def _leave(self, *_: Any) -> None:
-        self.depth -= 1
+        self.depth = max(0, self.depth - 1)
         if self.depth == 0:
             self._views = {}
 

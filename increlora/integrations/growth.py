@@ -261,8 +261,7 @@ class Growth:
 
     def _check_scaler(self) -> None:
         """The optimizer's step under way is one of a GradScaler if `begin_step` was given one, and only then."""
-        calls = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code is torch.amp.GradScaler.step.__code__)
-        scales = any(frame.f_locals["self"].is_enabled() for frame in calls)
+        scales = scaler_under_way() is not None
         if scales and not self.scaled:
             raise UserError(
                 "scaler.step(optimizer): growth.begin_step() was not given the scaler, so the penalty was not scaled: "
@@ -475,6 +474,12 @@ class Growth:
             if number in state_dict["state"] and id(parameter) not in own:  # the user added it to that run's optimizer
                 parameter.requires_grad_(True)
         self.rates, self.left, self.held = None, None, 0
+
+
+def scaler_under_way() -> torch.amp.GradScaler | None:
+    """The enabled GradScaler whose step the step of the optimizer is, or None; asked in a hook of the optimizer."""
+    calls = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code is torch.amp.GradScaler.step.__code__)
+    return next((found for frame in calls if (found := frame.f_locals["self"]).is_enabled()), None)
 
 
 def average_late(parameters: list[nn.Parameter]) -> None:

@@ -17,7 +17,9 @@ args = TrainingArguments(
     per_device_train_batch_size=BATCH // int(sys.argv[2]), save_steps=10, use_cpu=True,
 )  # fmt: skip
 rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in counting(step)]
-model = get_peft_model(llama(torch.float64), IncreLoraConfig(**GROWTH))
+model, seed = llama(torch.float64), distributed.rank()
+torch.manual_seed(5 + seed)  # every process draws a seed of its own, and all take the first one's
+model = get_peft_model(model, IncreLoraConfig(**GROWTH | {"seed": None}))
 callback = IncreLoraCallback()
 trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
 trainer.train()
@@ -25,3 +27,5 @@ assert distributed.processes() == int(sys.argv[2])
 trainer.save_model(str(folder / "adapter"))
 if distributed.is_main():
     torch.save([(a.step, a.added) for a in callback.training.method.allocations], folder / "growth.pt")
+distributed.gather(None)  # a process that leaves before the others could abort, and they with it
+distributed.stop()

@@ -30,7 +30,7 @@ class Adapter:
     """One adapter of a model.
 
     Args:
-        config: of the adapter; a seed that was drawn, and the steps of the run, are written into it.
+        config: of the adapter; nothing is written into it, so it may serve several models.
         layers: the adapted layers (`layer.Linear`) by name, in model order, or stand-ins with their shapes.
         weights: of these layers, or stand-ins on the meta device.
     """
@@ -40,10 +40,9 @@ class Adapter:
         self.step = self.skipped = 0  # optimizer steps taken; steps whose gradients were not finite
         self.warned = False  # that it trains and does not grow
         self.restored = False  # its structure, so that its weights may come
-        if config.seed is None:
-            config.seed = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
         self.shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
-        self._make(IncreLoRA(**config.settings(), seed=config.seed), weights)
+        self._make(IncreLoRA(**config.settings(), seed=seed), weights)
         if not config.init_weights:
             self._draw_an_update()
         if config.total_step is not None:
@@ -74,7 +73,7 @@ class Adapter:
         """
         self._schedule(total_steps)
         self.method.plan(total_steps)
-        self.config.total_step, self.planned = total_steps, True
+        self.planned = True
 
     def _schedule(self, total_steps: int) -> None:
         if not isinstance(self.method, Grown):  # which has no growth to plan
@@ -120,7 +119,9 @@ class Adapter:
         return found
 
     def state(self) -> Tensor:
-        """Structure, averages and step of an adapter whose growth is planned, as a vector of bytes."""
+        """Structure, averages and step as a vector of bytes; of final ranks that were loaded, these alone."""
+        if isinstance(self.method, Grown):
+            return pack({"ranks": self.ranks()})
         return pack(
             {
                 "step": self.step,
@@ -145,7 +146,7 @@ class Adapter:
         """
         self._check_names(tensors)
         if STATE in tensors:
-            self.restore_growing(unpack(tensors[STATE]))
+            self.restore_structure(unpack(tensors[STATE]))
         else:
             self._restore_finished({name: len(tensors[f"{name}.{FACTORS[2]}"]) for name in self.shapes})
         return self._rows(tensors)
@@ -168,29 +169,34 @@ class Adapter:
             return
         trains = self.bank.like.requires_grad
         settings = {**self.config.settings(), "init_rank": 1, "target_rank": 1}
-        self._make(Grown(**settings, seed=self.config.seed or 0, given=ranks), [self.bank.like])
+        self._make(Grown(**settings, seed=self.method.seed, given=ranks), [self.bank.like])
         self.bank.requires_grad_(trains)
         self.step = self.skipped = 0
 
-    def restore_growing(self, state: dict[str, Any]) -> None:
-        """Take ranks, averages and step from what `state` packed; the weights come apart from it.
+    def restore_structure(self, state: dict[str, Any]) -> None:
+        """Take from what `state` packed; the weights come apart from it.
 
         Raises:
             UserError: it is of other matrices or settings.
         """
-        theirs = state["method"]["structure"]["matrices"]
+        final = state.get("ranks")
+        theirs = state["method"]["structure"]["matrices"] if final is None else final
         if list(theirs) != list(self.shapes):
             odd = sorted(set(theirs) ^ set(self.shapes)) or ["their order"]
             raise Refused(
                 f"the state that is loaded has other matrices than `{self.name}` of this model, e.g. {odd[0]}: give "
                 "both the same base model and `target_modules`"
             )
+        if final is not None:
+            if not (isinstance(self.method, Grown) and self.ranks() == final):
+                self._restore_finished(final)
+            return
         if isinstance(self.method, Grown) or not self.planned or self.method.order.total_steps != state["total_steps"]:
             trains = self.bank.like.requires_grad
             self._make(IncreLoRA(**self.config.settings()), [self.bank.like])
             self.plan(state["total_steps"])
             self.bank.requires_grad_(trains)
-        self.method.seed = self.config.seed = state["seed"]
+        self.method.seed = state["seed"]
         self.method.load_state_dict(state["method"])
         self.step, self.skipped = state["step"], state["skipped"]
 

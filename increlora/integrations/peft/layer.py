@@ -151,7 +151,8 @@ class Linear(nn.Module, IncreLoraLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *arguments, **keywords)
-        in_place = type(self.base_layer) is nn.Linear
+        base = self.base_layer  # whose hooks see its own output, in its own shape
+        in_place = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
         rows = x.reshape(-1, x.shape[-1]) if in_place else x
         h = self.base_layer(rows, *arguments, **keywords)
         for adapter in self.active_adapters:

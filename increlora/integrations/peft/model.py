@@ -51,6 +51,10 @@ class IncreLoraModel(BaseTuner):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trainings": {}}  # a copy has no optimizer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        LIVE.add(self)
+
     # layers
 
     def _prepare_adapter_config(self, peft_config: IncreLoraConfig, model_config: dict) -> IncreLoraConfig:
@@ -147,8 +151,16 @@ class IncreLoraModel(BaseTuner):
         self.adapters.pop(adapter_name).bank.unwatch()
         del self.increlora_bank[adapter_name]
 
-    def _unload_and_optionally_merge(self, *arguments: Any, **keywords: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*arguments, **keywords)
+    def _unload_and_optionally_merge(self, merge: bool = True, **keywords: Any) -> nn.Module:
+        for adapter in self.adapters.values():
+            if merge and adapter.grows and not adapter.finished and adapter.step:
+                total = adapter.method.order.total_steps
+                warnings.warn(
+                    f"the adapter `{adapter.name}` is merged at step {adapter.step} of {total}, its total rank "
+                    f"{sum(adapter.ranks().values())} of {adapter.method.allocator.budget}",
+                    stacklevel=3,
+                )
+        model = super()._unload_and_optionally_merge(merge, **keywords)
         for name in list(self.adapters):
             self._let_go(name)
         return model
@@ -239,7 +251,7 @@ class IncreLoraModel(BaseTuner):
         """A state of the whole model, as in a checkpoint of accelerate, has the ranks beside the tensors."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, adapter in self.adapters.items():
-            if adapter.grows:
+            if adapter.grows or adapter.finished:
                 destination[f"{prefix}{BANK}.{name}.{STATE}"] = adapter.state()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -247,7 +259,7 @@ class IncreLoraModel(BaseTuner):
             begin = f"{prefix}{BANK}.{name}."
             packed = state_dict.pop(begin + STATE, None)
             if packed is not None:
-                self._restore(name, partial(adapter.restore_growing, unpack(packed)))
+                self._restore(name, partial(adapter.restore_structure, unpack(packed)))
             elif adapter.grows and not adapter.restored and any(key.startswith(begin) for key in state_dict):
                 raise Refused(
                     f"the state has tensors of the adapter `{name}` without its ranks (`{STATE}`), and this one is "

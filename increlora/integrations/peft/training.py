@@ -1,5 +1,6 @@
 """An adapter grows while its optimizer takes steps: hooks of the optimizer do what a training loop would have to."""
 
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -10,14 +11,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import SchedulerType, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from increlora import distributed
-from increlora.integrations.growth import SHARDED_OPTIMIZERS, average_late, refuse_sharding
+from increlora.algorithm import START
+from increlora.integrations.growth import SHARDED_OPTIMIZERS, average_late, refuse_sharding, scaler_under_way
 from increlora.integrations.peft.adapter import Adapter, Grown
 from increlora.integrations.peft.config import Refused
 from increlora.integrations.peft.model import LIVE, IncreLoraModel
 from increlora.schedule import multiplier
+from increlora.validation import other_settings
 
 HOLDERS = {
     "FullyShardedDataParallel",
@@ -25,6 +28,7 @@ HOLDERS = {
     "DeepSpeedEngine",
     "DataParallel",
 }  # classes, by an ancestor's name
+HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__  # of the `step` of every optimizer
 MAX_SKIPPED = 20  # steps in a row with gradients that are not finite
 UNSHARDED = (
     "An adapter that grows needs whole parameters and a plain optimizer in every process: start one process per GPU "
@@ -61,11 +65,12 @@ def attach(
         warmup_steps: of every group of new components.
         linear: the optimizer's schedule is linear, with as many warmup steps.
         gradient_accumulation_steps: backward passes in a step.
-        scaler: multiplies the loss before backward (fp16).
+        scaler: multiplies the loss before backward (fp16). A step by another one, or by none, is refused.
 
     Raises:
         UserError: no adapter trains, or several do; the model, or the optimizer, is sharded; the optimizer lacks
-            parameters of the adapter; growth does not fit into the steps of the run.
+            parameters of the adapter, or is attached to another model; growth does not fit into the steps of the run;
+            processes have other settings. At a step: the schedule is not what `linear` says.
     """
     return Training(model, optimizer, total_step, warmup_steps, linear, gradient_accumulation_steps, scaler)
 
@@ -85,6 +90,8 @@ class Training:
             optimizer, scaler = prepared.optimizer, scaler or prepared.scaler
         self.optimizer, self.warmup_steps, self.linear = optimizer, warmup_steps, linear
         self.micro_batches, self.scaler = micro_batches, scaler
+        self._refuse_shared()
+        self._agree(total_step)
         self._plan(total_step)
         self.method, self.bank = adapter.method, adapter.bank
         self._hold_all()
@@ -92,7 +99,8 @@ class Training:
         self.skipped_in_a_row = 0  # steps whose gradients were not finite
         self.averages = False
         self.pending: dict[int, Tensor] = {}  # gradients of the penalty, by id of the parameter
-        self.split: list[dict[str, Any]] | None = None  # the optimizer's groups, while a step is taken
+        # while a step is taken: every group of the optimizer, what takes its place, and the learning rates of that
+        self.split: list[tuple[dict[str, Any], list[dict[str, Any]], list[Any]]] | None = None
         self.births = {
             id(parameter): born
             for number, born in self.method.births().items()
@@ -136,9 +144,37 @@ class Training:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise Refused(f"{type(optimizer).__name__} is no torch.optim.Optimizer: give `attach` what it wraps")
 
+    def _refuse_shared(self) -> None:
+        """Groups that two models part for the same step would not come together again."""
+        others = [t for tuner in LIVE if tuner is not self.tuner for t in tuner.trainings.values()]
+        if any(training.optimizer is self.optimizer for training in others):
+            raise Refused(
+                "the optimizer is attached to an adapter of another model: give each model an optimizer of its own, or "
+                "call training.detach() of the first"
+            )
+
+    def _agree(self, total_step: int | None) -> None:
+        """Every process draws later components by itself: all take the seed of the first, and have its settings."""
+        if distributed.processes() == 1:
+            return
+        adapter = self.adapter
+        mine = adapter.config.settings() | {
+            "matrices": list(adapter.shapes),
+            "total_step": total_step or adapter.config.total_step,
+            "warmup_steps": self.warmup_steps,
+            "linear": self.linear,
+        }
+        everyone = distributed.gather((mine, adapter.method.seed))
+        for number, (theirs, _) in enumerate(everyone):
+            if changed := other_settings(theirs, mine):
+                raise Refused(f"process {number} has other settings: {'; '.join(changed[:5])}. Give all the same")
+        if not adapter.planned:
+            adapter.method.seed = everyone[0][1]
+
     def _plan(self, total_step: int | None) -> None:
         adapter = self.adapter
-        total = total_step or adapter.config.total_step
+        planned = adapter.method.order.total_steps if adapter.planned else adapter.config.total_step
+        total = total_step or planned
         if total is None:
             raise Refused("how long is the run? Give `total_step`, in IncreLoraConfig or here: its optimizer steps")
         if isinstance(adapter.method, Grown):
@@ -146,7 +182,6 @@ class Training:
                 f"the adapter `{adapter.name}` was loaded with final ranks: it trains on, and does not grow",
                 stacklevel=4,
             )
-        planned = adapter.method.order.total_steps if adapter.planned else adapter.config.total_step
         if planned not in (None, total):
             raise Refused(
                 f"the run has {total} steps, and `total_step` of the adapter is {planned}: "
@@ -157,15 +192,17 @@ class Training:
 
     def _hold_all(self) -> None:
         """The optimizer holds every tensor of the adapter, also those that were made for this run just now."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        own = list(self.bank.parameters())
-        home = next((g for g in self.optimizer.param_groups if any(p is own[0] for p in g["params"])), None)
-        if home is None:
+        holds = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        first = dict(self.bank.all_groups[START].named_parameters())
+        if any(id(p) not in holds for p in first.values()):
             raise Refused(
                 f"the optimizer does not hold the parameters of the adapter `{self.adapter.name}`: make it after "
                 "get_peft_model, over model.parameters()"
             )
-        home["params"] += [p for p in own if id(p) not in held]
+        for group in self.bank.all_groups:  # lambdas join the first lambdas, rows the first rows of their width
+            for name, parameter in group.named_parameters():
+                if id(parameter) not in holds:
+                    holds[id(first[name])]["params"].append(parameter)
 
     # a step
 
@@ -215,6 +252,8 @@ class Training:
 
     def _before(self, optimizer: torch.optim.Optimizer, arguments: tuple, keywords: dict[str, Any]) -> Any:
         """Before the optimizer's step: ranks grow, and new components get their own learning rates."""
+        if self._is_inner():
+            return None
         self._join()
         closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")  # after the optimizer itself
         if closure is None:
@@ -249,6 +288,7 @@ class Training:
         for parameter in self.bank.parameters():  # whose gradient did not come by the task
             if (own := self.pending.pop(id(parameter), None)) is not None:
                 parameter.grad = own if parameter.grad is None else parameter.grad + own
+        self._check_scaler()
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if self.finite:
@@ -262,7 +302,25 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
         self._part()
 
+    def _check_scaler(self) -> None:
+        told = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
+        if (used := scaler_under_way()) is told:
+            return
+        what = "a GradScaler that `attach` was not given" if used is not None else "no step of the scaler of `attach`"
+        raise Refused(
+            f"optimizer.step(): this is {what}, so the penalty was scaled otherwise than the loss; give attach(..., "
+            "scaler=scaler) the one that steps, or the optimizer that accelerator.prepare has returned"
+        )
+
+    def _is_inner(self) -> bool:
+        """Whether the step of a subclass has called that of its base class, which runs all hooks once more."""
+        steps = (frame.f_locals["args"] for frame, _ in traceback.walk_stack(None) if frame.f_code is HOOKED_STEP)
+        return sum(arguments[0] is self.optimizer for arguments in steps) > 1
+
     def _after(self, *_: Any) -> None:
+        if self._is_inner():
+            return
+        self._take_over()
         self._join()
         self.begun = False
         if self.finite:
@@ -279,19 +337,60 @@ class Training:
     # learning rates
 
     def _part(self) -> None:
-        """For the time of a step, a group of the optimizer becomes one for each step at which its parameters began."""
-        self.split, parts = list(self.optimizer.param_groups), []
-        for group in self.split:
-            by_birth: dict[int, list[nn.Parameter]] = {}
+        """For the time of a step, a group of the optimizer becomes one for each learning rate of its parameters."""
+        self.split = []
+        factors = {born: self.factor(born) for born in {0, *self.births.values()}}
+        for group in self.optimizer.param_groups:
+            by_factor: dict[float, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                by_birth.setdefault(self.births.get(id(parameter), 0), []).append(parameter)
-            for born, params in by_birth.items():
-                parts.append({**group, "params": params, "lr": group["lr"] * self.factor(born)})
-        self.optimizer.param_groups[:] = parts
+                by_factor.setdefault(factors[self.births.get(id(parameter), 0)], []).append(parameter)
+            if self.linear and any(id(p) in self.births for p in group["params"]):
+                self._check_schedule(group)
+            if set(by_factor) <= {1.0}:
+                parts = [group]
+            else:
+                parts = [{**group, "params": p, "lr": group["lr"] * by} for by, p in by_factor.items()]
+            self.split.append((group, parts, [part["lr"] for part in parts]))
+        self.optimizer.param_groups[:] = [part for _, parts, _ in self.split for part in parts]
+
+    def _check_schedule(self, group: dict[str, Any]) -> None:
+        """Refuse a schedule that is not linear though `linear` says so; skipped steps may have moved it on."""
+        total, now = self.method.order.total_steps, float(group["lr"])
+        peak = float(group.get("initial_lr", now))
+        steps = range(self.step, self.step + self.adapter.skipped + 1)
+        if not any(abs(now - peak * multiplier(k, 0, total, self.warmup_steps)) <= 1e-6 * peak for k in steps):
+            raise Refused(
+                f"the learning rate at step {self.step} is {now:.4g} of {peak:.4g}, not that of a linear schedule with "
+                f"{self.warmup_steps} warmup steps over {total}: leave `linear` out, or give the optimizer "
+                f"get_linear_schedule_with_warmup(optimizer, {self.warmup_steps}, {total})"
+            )
+
+    def _take_over(self) -> None:
+        """What the optimizer has written into the parts of a group in its step goes into the group.
+
+        Raises:
+            UserError: the parts have other values, so there is none for the group.
+        """
+        for group, parts, rates in self.split or ():
+            if parts[0] is group:
+                continue
+            for key in dict.fromkeys(key for part in parts for key in part if key not in ("params", "lr")):
+                values = [part.get(key) for part in parts]
+                if not all(_same(value, values[0]) for value in values):
+                    self._refuse_values(key)
+                group[key] = values[0]
+            if any(part["lr"] is not rate for part, rate in zip(parts, rates, strict=True)):
+                self._refuse_values("lr")
+
+    def _refuse_values(self, key: str) -> None:
+        raise Refused(
+            f"{type(self.optimizer).__name__} writes `{key}` into its groups at every step, and new components that "
+            "warm up need groups of their own: train without warmup (attach(..., warmup_steps=0), linear left out)"
+        )
 
     def _join(self) -> None:
         if self.split is not None:
-            self.optimizer.param_groups[:] = self.split
+            self.optimizer.param_groups[:] = [group for group, _, _ in self.split]
             self.split = None
 
     def factor(self, born: int) -> float:
@@ -319,8 +418,8 @@ class Training:
 class IncreLoraCallback(TrainerCallback):
     """Lets the adapter of a Trainer's model grow: `Trainer(..., callbacks=[IncreLoraCallback()])`, and nothing else.
 
-    With `lr_scheduler_type="linear"`, new components get the paper's restart: a warmup of their own over the Trainer's
-    warmup steps, then linear decay. With any other, the same warmup is multiplied by what the scheduler gives.
+    With a linear schedule, new components get the paper's restart: a warmup of their own over the Trainer's warmup
+    steps, then linear decay. With any other, the same warmup is multiplied by what the scheduler gives.
     `training` is there while the Trainer trains: its `ranks()` and `step`.
 
     Raises:
@@ -336,10 +435,10 @@ class IncreLoraCallback(TrainerCallback):
         optimizer, kind = parts["optimizer"], parts["optimizer"].accelerator_state.distributed_type
         if kind in SHARDED or args.n_gpu > 1:
             raise Refused(f"the Trainer runs with {kind.value}, and {args.n_gpu} GPUs in this process. {UNSHARDED}")
+        warmup = args.get_warmup_steps(state.max_steps)
         self.training = attach(
-            parts["model"], optimizer.optimizer, total_step=state.max_steps,
-            warmup_steps=args.get_warmup_steps(state.max_steps),
-            linear=args.lr_scheduler_type == SchedulerType.LINEAR and not args.lr_scheduler_kwargs,
+            parts["model"], optimizer.optimizer, total_step=state.max_steps, warmup_steps=warmup,
+            linear=_is_linear(parts.get("lr_scheduler"), state.max_steps, warmup),
             gradient_accumulation_steps=args.gradient_accumulation_steps, scaler=optimizer.scaler,
         )  # fmt: skip
         stands = self.training.step + self.training.adapter.skipped
@@ -355,8 +454,24 @@ class IncreLoraCallback(TrainerCallback):
         self.training.begun = False
         self.training.begin()
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        if self.training.begun:  # a scaler whose gradients overflowed has not stepped the optimizer
+            self.training.begun = False
+            self.training.adapter.skipped += 1
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         self.training.detach()
+
+
+def _is_linear(scheduler: Any, total: int, warmup: int) -> bool:
+    """Whether a scheduler's rates are those of `multiplier`, whatever it is called."""
+    rates = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", ())
+    steps = {0, warmup // 2, warmup, (warmup + total) // 2, total - 1, total}
+    return bool(rates) and all(abs(rate(k) - multiplier(k, 0, total, warmup)) < 1e-9 for rate in rates for k in steps)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def tuner_of(model: nn.Module) -> IncreLoraModel:
