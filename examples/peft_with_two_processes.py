@@ -31,4 +31,5 @@ for _ in range(STEPS):
 if dist.get_rank() == 0:
     model.save_pretrained(folder)
     print(f"loss {loss.item():.3f}, total rank {sum(training.ranks().values())}")
+dist.barrier()  # leave together
 dist.destroy_process_group()
