@@ -1,5 +1,6 @@
 """IncreLoRA by PEFT in two processes: `torchrun --nproc-per-node 2 examples/peft_with_two_processes.py FOLDER`"""
 
+import os
 import sys
 from pathlib import Path
 
@@ -33,3 +34,5 @@ if dist.get_rank() == 0:
     print(f"loss {loss.item():.3f}, total rank {sum(training.ranks().values())}")
 dist.barrier()  # leave together
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # at a normal exit a thread of torch's can still run, which aborts the process

@@ -372,11 +372,8 @@ class Growth:
         """Once: every process has the same settings, for each makes the parameters of later growths by itself."""
         if self.compared or distributed.processes() == 1:
             return
-        mine = self._settings() | getattr(self.method, "settings", dict)()
-        for number, theirs in enumerate(distributed.gather(mine)):
-            changed = other_settings(theirs, mine)
-            if changed:
-                raise UserError(f"process {number} has other settings: {'; '.join(changed[:5])}. Give all the same.")
+        if odd := differing_process(self._settings() | getattr(self.method, "settings", dict)()):
+            raise UserError(odd)
         self.compared = True
 
     def _refuse_gradients(self) -> None:
@@ -474,6 +471,14 @@ class Growth:
             if number in state_dict["state"] and id(parameter) not in own:  # the user added it to that run's optimizer
                 parameter.requires_grad_(True)
         self.rates, self.left, self.held = None, None, 0
+
+
+def differing_process(mine: dict[str, Any]) -> str | None:
+    """What the first process with other settings than mine has, in words; None if all have the same."""
+    for number, theirs in enumerate(distributed.gather(mine)):
+        if changed := other_settings(theirs, mine):
+            return f"process {number} has other settings: {'; '.join(changed[:5])}. Give all the same."
+    return None
 
 
 def scaler_under_way() -> torch.amp.GradScaler | None:

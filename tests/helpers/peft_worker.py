@@ -1,5 +1,6 @@
 """A Trainer with an adapter that grows, for several processes: `torchrun ... peft_worker.py FOLDER`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,5 +28,6 @@ assert distributed.processes() == int(sys.argv[2])
 trainer.save_model(str(folder / "adapter"))
 if distributed.is_main():
     torch.save([(a.step, a.added) for a in callback.training.method.allocations], folder / "growth.pt")
-distributed.gather(None)  # a process that leaves before the others could abort, and they with it
+distributed.gather(None)  # leave together
 distributed.stop()
+os._exit(0)  # at a normal exit a thread of torch's can still run, which aborts the process

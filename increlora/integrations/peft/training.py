@@ -15,12 +15,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from increlora import distributed
 from increlora.algorithm import START
-from increlora.integrations.growth import SHARDED_OPTIMIZERS, average_late, refuse_sharding, scaler_under_way
+from increlora.integrations.growth import (
+    SHARDED_OPTIMIZERS,
+    average_late,
+    differing_process,
+    refuse_sharding,
+    scaler_under_way,
+)
 from increlora.integrations.peft.adapter import Adapter, Grown
 from increlora.integrations.peft.config import Refused
 from increlora.integrations.peft.model import LIVE, IncreLoraModel
 from increlora.schedule import multiplier
-from increlora.validation import other_settings
 
 HOLDERS = {
     "FullyShardedDataParallel",
@@ -164,12 +169,10 @@ class Training:
             "warmup_steps": self.warmup_steps,
             "linear": self.linear,
         }
-        everyone = distributed.gather((mine, adapter.method.seed))
-        for number, (theirs, _) in enumerate(everyone):
-            if changed := other_settings(theirs, mine):
-                raise Refused(f"process {number} has other settings: {'; '.join(changed[:5])}. Give all the same")
+        if odd := differing_process(mine):
+            raise Refused(odd)
         if not adapter.planned:
-            adapter.method.seed = everyone[0][1]
+            adapter.method.seed = distributed.gather(adapter.method.seed)[0]
 
     def _plan(self, total_step: int | None) -> None:
         adapter = self.adapter
