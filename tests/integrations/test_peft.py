@@ -131,6 +131,15 @@ def test_micro_batches_are_one_step(expected):
     assert run.training.ranks() == expected[1].ranks()
 
 
+def test_a_compiled_model_grows_as_another_and_is_compiled_once(expected):
+    graphs, run = [], Run()
+    run.model = torch.compile(run.model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    losses = run.train(range(2))
+    first = len(graphs)
+    same(run, losses + run.train(range(2, STEPS)), expected)
+    assert 0 < first == len(graphs)
+
+
 def trainer(folder: Path, model, callbacks, **more) -> Trainer:
     args = TrainingArguments(
         str(folder), max_steps=STEPS, learning_rate=RATE, weight_decay=DECAY, warmup_steps=WARMUP, report_to="none",

@@ -38,6 +38,12 @@ class AdapterUpdate(Update):
         return self.add_to(flat, rows, factors, in_place).view(h.shape)
 
 
+@torch.compiler.disable
+def _outside_of_graphs(update: AdapterUpdate, h: Tensor, rows: Tensor, in_place: bool) -> Tensor:
+    """What trains changes its ranks, and a graph of torch.compile with an update in it would be made anew each time."""
+    return update(h, rows, in_place)
+
+
 class IncreLoraLayer(BaseTunerLayer):
     """What PEFT asks of a layer with adapters."""
 
@@ -157,7 +163,8 @@ class Linear(nn.Module, IncreLoraLayer):
         h = self.base_layer(rows, *arguments, **keywords)
         for adapter in self.active_adapters:
             if adapter in self.increlora_update:
-                h = self.update(adapter)(h, rows, in_place)
+                call = _outside_of_graphs if torch.is_grad_enabled() else AdapterUpdate.__call__
+                h = call(self.update(adapter), h, rows, in_place)
         return h.view(*x.shape[:-1], h.shape[-1]) if in_place else h
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *arguments: Any, **keywords: Any) -> Tensor:

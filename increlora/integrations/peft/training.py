@@ -209,8 +209,9 @@ class Training:
 
     # a step
 
+    @torch.compiler.disable
     def _forward_begins(self, model: nn.Module, *_: Any) -> None:
-        """Before every forward pass of the model; the first one with gradients begins a step."""
+        """Before every forward pass of the model, compiled or not; the first one with gradients begins a step."""
         if not torch.is_grad_enabled():
             return
         if self.begun and self.arrived and all(p.grad is None for p in self.bank.all_groups[0].parameters()):
