@@ -10,7 +10,8 @@ from test_peft import GROWTH, RATE, STEPS, WARMUP, counting, llama
 from transformers import Trainer, TrainingArguments
 
 from increlora import distributed
-from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig
+from increlora.errors import UserError
+from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig, attach
 
 folder, BATCH = Path(sys.argv[1]), 8
 args = TrainingArguments(
@@ -26,8 +27,16 @@ trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
 trainer.train()
 assert distributed.processes() == int(sys.argv[2])
 trainer.save_model(str(folder / "adapter"))
+refusals = []
+for setting, value in (("lora_alpha", 8 + seed), ("deltaT", 3 + seed), ("total_step", STEPS + seed)):
+    model = get_peft_model(llama(), IncreLoraConfig(**GROWTH | {"total_step": STEPS, setting: value}))
+    try:
+        attach(model, torch.optim.AdamW(model.parameters()))
+    except UserError as error:
+        refusals.append(str(error))
 if distributed.is_main():
-    torch.save([(a.step, a.added) for a in callback.training.method.allocations], folder / "growth.pt")
+    allocations = [(a.step, a.added) for a in callback.training.method.allocations]
+    torch.save((allocations, refusals), folder / "growth.pt")
 distributed.gather(None)  # leave together
 distributed.stop()
 os._exit(0)  # at a normal exit a thread of torch's can still run, which aborts the process

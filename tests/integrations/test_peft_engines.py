@@ -45,8 +45,13 @@ def test_a_trainer_in_two_processes_grows_and_learns_as_in_one(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("1", "2"))
-    growth = [torch.load(tmp_path / n / "growth.pt") for n in ("1", "2")]
-    assert growth[0] == growth[1] and len(growth[0]) > 3
+    (growth, none), (growth_of_two, refusals) = (torch.load(tmp_path / n / "growth.pt") for n in ("1", "2"))
+    assert growth == growth_of_two and len(growth) > 3
+    assert not none and [refusal.split("; ")[0].partition(": ")[2] for refusal in refusals] == [
+        "alpha 9 there, 8 here. Give all the same.",
+        "deltaT 4 there, 3 here. Give all the same.",
+        "total_step 31 there, 30 here. Give all the same.",
+    ]
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9)  # as in test_peft_examples
 

@@ -163,12 +163,13 @@ class Training:
         if distributed.processes() == 1:
             return
         adapter = self.adapter
-        mine = adapter.config.settings() | {
-            "matrices": list(adapter.shapes),
-            "total_step": total_step or adapter.config.total_step,
-            "warmup_steps": self.warmup_steps,
-            "linear": self.linear,
-        }
+        config = adapter.config
+        mine = config.settings() | {
+            "matrices": list(adapter.shapes), "step": adapter.step, "total rank": sum(adapter.ranks().values()),
+            "total_step": total_step or config.total_step, "tinit": config.tinit, "deltaT": config.deltaT,
+            "warmup_steps": self.warmup_steps, "linear": self.linear,
+            "gradient_accumulation_steps": self.micro_batches,
+        }  # fmt: skip
         if odd := differing_process(mine):
             raise Refused(odd)
         if not adapter.planned:
