@@ -1,5 +1,6 @@
 """Which layers an adapter takes by default, and what it does with those that it cannot take."""
 
+import copy
 import warnings
 
 import pytest
@@ -49,6 +50,33 @@ def test_the_layers_by_default_are_those_of_all_linear_and_no_head():
         with naming(name):
             assert ours == theirs and len(ours) >= 8
             assert not any(layer.endswith(("lm_head", "score", "classifier")) for layer in ours)
+
+
+@pytest.mark.parametrize(
+    "kind, task, head",
+    [
+        (t.BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (t.RobertaForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+        (t.BertForSequenceClassification, "SEQ_CLS", "bert.pooler"),
+    ],
+)
+def test_a_head_trains_in_full_and_leaves_with_the_merge(kind, task, head, tmp_path):
+    base = kind(kind.config_class(**WIDE)).eval()
+    more = {"modules_to_save": [head]} if task == "SEQ_CLS" else {}  # the head of the others is known
+    model = get_peft_model(copy.deepcopy(base), IncreLoraConfig(**RUN, task_type=task, init_weights=False, **more))
+    assert len(adapted(model)) == 12 and not any(head in name for name in adapted(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"{head}.modules_to_save" in name:
+                assert parameter.requires_grad
+                parameter.add_(1.0)
+    inputs = {"input_ids": torch.randint(2, 32, (3, 8))}
+    expected = model.eval()(**inputs)[0]
+    assert not torch.allclose(expected, base(**inputs)[0])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    for found in (again, again.merge_and_unload()):
+        torch.testing.assert_close(found(**inputs)[0], expected)
 
 
 def test_fused_experts_are_named_as_left_out_and_the_rest_grows():

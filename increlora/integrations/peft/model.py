@@ -26,6 +26,7 @@ from increlora.surgery import READ_WEIGHTS
 PREFIX = "increlora_"
 BANK = "increlora_bank"  # of all adapters, a module of the tuner
 LIVE: "weakref.WeakSet[IncreLoraModel]" = weakref.WeakSet()
+HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}  # PEFT names them after injection only
 OWN = re.compile(rf"(?:{re.escape(IN_FILE)})?((?:.*\.)?(?:{'|'.join((*FACTORS, STATE))}))")
 
 
@@ -71,7 +72,9 @@ class IncreLoraModel(BaseTuner):
         names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._tied = {parameter for parameter, count in names.items() if count > 1}
         others = [(adapter.bank, adapter.bank.like.requires_grad) for adapter in self.adapters.values()]
-        everything = self.peft_config[adapter_name].target_modules in (None, "all-linear")
+        config = self.peft_config[adapter_name]
+        if everything := config.target_modules in (None, "all-linear"):
+            self._leave_out_the_head(model, config)
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage,
             **keywords,
@@ -129,6 +132,16 @@ class IncreLoraModel(BaseTuner):
         layer = Linear(target, adapter_name)
         self._replace_module(parent, target_name, layer, target)
         self._found[current_key] = layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """The layer in place of a module, or the module again; what it lies on and in is as it was."""
+        setattr(parent, child_name, new_module)
+
+    def _leave_out_the_head(self, model: nn.Module, config: IncreLoraConfig) -> None:
+        """A head that PEFT will train in full, as it does that of a sequence classifier."""
+        heads = {head for head in HEADS.get(config.task_type or "", ()) if hasattr(model, head)}
+        if heads and not isinstance(config.exclude_modules, str):
+            config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
 
     def _name_what_is_left_out(self, model: nn.Module) -> None:
         names = sorted({re.sub(r"\b\d+\b", "N", name) for name in modules_with_three_dimensions(model)})
