@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from increlora import result_files
-from increlora.analysis import decision
+from increlora.analysis import comparison, decision, selection, study_c
 from increlora.analysis.sequential import HELPS, HURTS, SAME, Plan
 from increlora.errors import UserError
 from increlora.glue import config, sweep_plan
@@ -148,6 +148,19 @@ def test_readme_says_of_study_a_what_its_runs_say():
     last = states["uniform"].looks[-1]
     low, high = last.interval(plan.bounds()[0][0])
     assert f"equal ranks from the start score {-last.mean:.2f} [{-high:.2f}, {-low:.2f}] points *more*" in page
+
+
+def test_readme_says_of_figure_4_what_its_runs_say():
+    runs = selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
+    study = study_c.Study(runs)
+    over_all, falling = study_c.outcomes(study, "Figure 4")
+    assert over_all.word == falling.word == "supported"
+    by_budget = {budget: list(study.over_lora(budget=budget).values()) for budget in ("r1", "r2", "r4", "r8", "r16")}
+    assert max(by_budget, key=lambda budget: np.mean(by_budget[budget])) == "r1"
+    found = comparison.interval(over_all.values, method="t")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    number = f"{np.mean(over_all.values):.2f} [{found.low:.2f}, {found.high:.2f}]"
+    assert f"by {number} points over r2 to r16, and more so at small budgets" in page
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
