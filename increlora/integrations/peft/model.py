@@ -79,7 +79,7 @@ class IncreLoraModel(BaseTuner):
             model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage,
             **keywords,
         )  # fmt: skip
-        config, layers = self.peft_config[adapter_name], self._found
+        layers = self._found
         weights = [torch.empty(0, device="meta") if low_cpu_mem_usage else layer.weight for layer in layers.values()]
         if everything:
             self._name_what_is_left_out(model)
