@@ -13,8 +13,9 @@
 #
 # IncreLoRA and LoRA over budgets. The paper shows RTE and STS-B on DeBERTaV3-base at average ranks 2 to 24;
 # `configs/sweep/figure4_budgets.yaml` is that figure and takes a GPU. Study C (`results/studies/study_c.md`) has it at
-# MiniLM's size on STS-B, with a learning rate chosen for every method and budget. One faint point per seed, the mean as
-# a full point, its 95 % interval as a line.
+# MiniLM's size on STS-B, with a learning rate chosen for every method and budget. Scores are those of the last step, on
+# dev and held-out examples together where a run was scored on both, as the study's tests take them. One faint point per
+# seed, the mean as a full point, its 95 % interval as a line.
 #
 # The runs: `python scripts/sweep.py study_c task.data_dir=GLUE`, or `figure4_budgets` for the paper's, then
 # `python scripts/collect.py runs` and `make notebooks`. Runs of both show as panels of their own.
@@ -26,13 +27,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 
-from increlora.analysis import comparison, figures, selection
+from increlora.analysis import comparison, figures, selection, study_c
 from increlora.analysis.looks import BACKBONES, LOOKS, TASKS
 from increlora.analysis.tables import interval_text
 
 figures.use_style()
 METHODS = ("increlora", "lora")
-FULL = ("method.orth_weight=0.3", "method.advance_learning=true", "method.restart_warmup=true")
 
 
 def of_the_paper(run):
@@ -41,19 +41,10 @@ def of_the_paper(run):
     return growth and run["run"]["backbone"] == "deberta_v3_base" and selection.experiment(run) is None
 
 
-PARTS = (
-    "task.train_fraction",
-    "train.eval_interval",
-    "method.orth_weight",
-    "method.advance_learning",
-    "method.restart",
-)
-
-
 def of_study_c(run):
-    """Whether a run is of study C's first part: the overrides of no other part, and no seed that chose rates."""
-    of_others = any(override.startswith(PARTS) and override.lower() not in FULL for override in run["run"]["overrides"])
-    return selection.experiment(run) == "study_c" and run["run"]["seed"] >= 47 and not of_others
+    """Whether a run of study C is one of its first part: all of the data, and nothing of the method switched off."""
+    share, _, arm = study_c.cells(run)
+    return share == "90%" and arm == LOOKS[run["run"]["method"]].label
 
 
 def average_rank(run):
@@ -61,8 +52,16 @@ def average_rank(run):
     return sum(run["ranks"]["last"].values()) / len(run["ranks"]["last"])
 
 
+def score(run):
+    """The last step's, in points: on dev and held-out examples together where the run was scored on both."""
+    metrics = run["scores"]["last"]["metrics"]
+    return selection.points(run, selection.JOINT if selection.JOINT in metrics else "dev")
+
+
+loaded = selection.load(METHODS)
+of_the_study = study_c.compared(selection.of_experiment(loaded, study_c.EXPERIMENT))
 grouped = {}  # (backbone, task) -> average rank -> runs
-for run in (run for run in selection.load(METHODS) if of_the_paper(run) or of_study_c(run)):
+for run in [*filter(of_the_paper, loaded), *filter(of_study_c, of_the_study)]:
     place = grouped.setdefault((run["run"]["backbone"], run["run"]["task"]), {})
     place.setdefault(average_rank(run), []).append(run)
 panels = {}
@@ -85,7 +84,7 @@ if panels:
             look, means = LOOKS[method], {}
             for place, found in enumerate(budgets.values()):
                 if method in found:
-                    scores = selection.scores(found[method], "last").values()
+                    scores = [score(run) for run in found[method].values()]
                     figures.draw_seeds(axes, place + shift, scores, look, width=0.12)
                     means[place + shift] = sum(scores) / len(scores)
             axes.plot(means.keys(), means.values(), color=look.color, linewidth=1, zorder=1)
@@ -110,13 +109,13 @@ rows = []
 for (backbone, task), budgets in panels.items():
     for average, found in budgets.items():
         for method, seeds in found.items():
-            last, best = (selection.scores(seeds, protocol).values() for protocol in ("last", "best"))
+            last, best = [score(run) for run in seeds.values()], selection.scores(seeds, "best").values()
             parameters = [run["parameters"]["last"]["update"] for run in seeds.values()]
             rows.append({
                 "backbone": backbone, "task": TASKS[task], "average rank": f"{average:g}",
                 "method": LOOKS[method].label, "seeds": len(seeds),
                 "update parameters": f"{sum(parameters) / len(parameters):,.0f}",
-                "last": f"{sum(last) / len(last):.2f}", "best": f"{sum(best) / len(best):.2f}",
+                "last": f"{sum(last) / len(last):.2f}", "best on dev": f"{sum(best) / len(best):.2f}",
                 "95 % interval of last": interval_text(last),
             })  # fmt: skip
 if rows:
@@ -130,7 +129,7 @@ if rows:
 rows = []
 for (backbone, task), budgets in panels.items():
     for average, found in budgets.items():
-        scores = {method: selection.scores(found.get(method, {}), "last") for method in METHODS}
+        scores = {m: {seed: score(run) for seed, run in found.get(m, {}).items()} for m in METHODS}
         if seeds := comparison.common_seeds(scores):
             compared = comparison.compare(scores, *METHODS, seeds)
             rows.append({
