@@ -178,7 +178,7 @@ class Bank(nn.Module):
         if self.like.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 f"the components are in {self.like.dtype}, in which most of every step is lost: cast the model before "
-                "method.prepare, which makes them in float32, and not after it"
+                "method.prepare or get_peft_model, which make them in float32, and not after it"
             )
 
     # structure

@@ -275,6 +275,25 @@ def test_a_model_in_half_precision_trains_components_in_full():
     assert sum(training.ranks().values()) == 4 * 14
 
 
+def test_what_trl_casts_of_a_quantized_model_trains_in_full_and_resumes(tmp_path):
+    def cast() -> PeftModel:
+        model = get_peft_model(llama(), IncreLoraConfig(**GROWTH))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return model
+
+    whole, again = IncreLoraCallback(), IncreLoraCallback()
+    trainer(tmp_path, cast(), [whole]).train()
+    assert {p.dtype for p in whole.training.bank.parameters()} == {torch.float32}
+    assert sum(whole.training.ranks().values()) == 4 * 14
+    trainer(tmp_path, cast(), [again]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    for mine, other in zip(again.training.bank.parameters(), whole.training.bank.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(ValueError, match="bfloat16, in which most of every step is lost"):
+        attach(model := cast(), torch.optim.AdamW(model.parameters()), total_step=STEPS)
+
+
 def test_gradient_checkpointing_changes_nothing(expected):
     for reentrant in (False, True):
         model = get_peft_model(llama(), IncreLoraConfig(**GROWTH, total_step=STEPS))

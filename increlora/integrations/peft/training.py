@@ -23,7 +23,7 @@ from increlora.integrations.growth import (
     scaler_under_way,
 )
 from increlora.integrations.peft.adapter import Adapter, Grown
-from increlora.integrations.peft.config import Refused
+from increlora.integrations.peft.config import Refused, in_words_of_peft
 from increlora.integrations.peft.model import LIVE, IncreLoraModel
 from increlora.schedule import multiplier
 
@@ -89,6 +89,8 @@ class Training:
     ):  # fmt: skip
         self.tuner = tuner_of(model)
         self.adapter = adapter = _trained(self.tuner)
+        with in_words_of_peft():
+            adapter.bank.check_dtype()
         self._refuse_sharding(model, optimizer)
         if isinstance(optimizer, AcceleratedOptimizer):
             prepared: Any = optimizer
@@ -433,6 +435,12 @@ class IncreLoraCallback(TrainerCallback):
     """
 
     training: Training
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Before optimizer and checkpoints: TRL casts what trains of a quantized model to bfloat16, in place."""
+        for tuner in (module for module in parts["model"].modules() if isinstance(module, IncreLoraModel)):
+            for adapter in tuner.adapters.values():
+                adapter.bank.to(torch.promote_types(adapter.bank.like.dtype, torch.float32))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
