@@ -1,6 +1,7 @@
 """Copy the results of finished runs into the repository: runs/.../result.json -> results/runs/.../seed<k>.json.
 
     python scripts/collect.py runs
+    python scripts/collect.py runs --into results/repeats      # runs that were made a second time
 
 Wherever a result is found, it goes where its run belongs. Only results of one clean commit are taken; `--dirty` takes
 the others too.
@@ -43,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder that holds run directories")
     parser.add_argument("--dirty", action="store_true", help="also results of a tree with uncommitted changes")
+    parser.add_argument("--into", type=Path, default=DESTINATION, help="folder to copy to, default: results/runs")
     arguments = parser.parse_args()
     if not arguments.source.is_dir():
         raise UserError(f"{arguments.source}: no such folder; give the one that holds run directories, as runs/ does")
@@ -59,7 +61,7 @@ def main() -> int:
             print(f"left out, {reason}: {path}", file=sys.stderr)
             continue
         directory = config.directory_of(result["run"])
-        target = DESTINATION / directory.relative_to("runs").with_name(f"{directory.name}.json")
+        target = arguments.into / directory.relative_to("runs").with_name(f"{directory.name}.json")
         text, source = path.read_text(encoding="utf-8"), result["data"]["source"]
         text = text if results.place(source) == source else published(text)
         before = target.read_text(encoding="utf-8") if target.exists() else text
@@ -72,7 +74,7 @@ def main() -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
     there = f", {replaced} of them in place of others," if replaced else ""
-    print(f"{len(found)} results copied{there} to {DESTINATION.relative_to(DESTINATION.parent.parent)}")
+    print(f"{len(found)} results copied{there} to {arguments.into.parent.name}/{arguments.into.name}")
     return int(refused > 0)
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of results/, README and docs/ from the result files alone.
+"""Write the tables of results/ and docs/ from the result files alone.
 
 python scripts/tables.py            # or: make tables
 python scripts/tables.py --check    # exit 1 if a table is stale
@@ -30,7 +30,7 @@ from increlora.glue import config
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "results" / "tables"
 # tables stand between markers here
-PAGES = [ROOT / page for page in ("README.md", "results/README.md", "docs/cost.md", "docs/claims.md")]
+PAGES = [ROOT / page for page in ("results/README.md", "docs/cost.md", "docs/claims.md")]
 ALLOCATION = ROOT / "results" / "paper" / "allocation.csv"
 PUBLISHED = ROOT / "results" / "paper" / "published.csv"
 
@@ -40,8 +40,12 @@ def insert(text: str, name: str, content: str) -> str:
     return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S)
 
 
-def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
-    """Name -> table, of what there are runs for; the published rows are always there."""
+def built(runs: Sequence[selection.Run], repeats: Sequence[selection.Run] = ()) -> dict[str, Table]:
+    """Name -> table, of what there are runs for; the published rows are always there.
+
+    Args:
+        repeats: runs of study C that were made a second time.
+    """
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         published = list(csv.DictReader(file))
     ours = [r for r in runs if r["run"]["backbone"] == "deberta_v3_base" and selection.is_published(r)]
@@ -62,7 +66,7 @@ def built(runs: Sequence[selection.Run]) -> dict[str, Table]:
     of_base_size = selection.of_experiment(runs, base_size.EXPERIMENT)
     if of_base_size:
         found |= base_size.built(of_base_size, allocation)
-    return found | study_c.built(selection.of_experiment(runs, study_c.EXPERIMENT))
+    return found | study_c.built(selection.of_experiment(runs, study_c.EXPERIMENT), repeats)
 
 
 def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
@@ -72,6 +76,7 @@ def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
         passed_over: as in `result_files.load_runs`.
     """
     runs = result_files.load_runs(ROOT / "results" / "runs", passed_over, without=("allocations",))
+    repeats = result_files.load_runs(ROOT / "results" / "repeats", passed_over, without=("allocations",))
     pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
     content = {
         "every_method_once": runs_table(selection.of_experiment(runs, "minilm_comparison")) + "\n",
@@ -83,7 +88,7 @@ def tables(passed_over: list[str] | None = None) -> dict[Path, str]:
     files = {TABLES / f"{name}.md": text for name, text in content.items()}
     plan = Plan.of(config.read_study("study_a"), "study_a")
     study_a = decision.progress(plan, decision.read(plan, runs))
-    for name, table in (built(runs) | decision.tables(plan, study_a, runs)).items():
+    for name, table in (built(runs, repeats) | decision.tables(plan, study_a, runs)).items():
         content[name] = table.markdown()
         files |= {TABLES / f"{name}.md": table.markdown(), TABLES / f"{name}.tex": table.latex()}
     evidence = Evidence(runs, base_size.published_allocation(ALLOCATION), study_a)

@@ -1,7 +1,7 @@
 """The tests of study C by its protocol (results/studies/study_c.md), from the result files."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from increlora.analysis.looks import LOOKS
 from increlora.analysis.selection import Run
 from increlora.analysis.study_tables import Arms, joint_scores, learning_rates
 from increlora.analysis.tables import Table, with_interval
+from increlora.errors import UserError
 
 EXPERIMENT = "study_c"
 MARGIN = 0.3  # points: an interval within it says that there is no effect
@@ -48,7 +49,7 @@ def features(run: Run) -> dict[str, object]:
         "advance": method.get("advance_learning", True),
         "restart": method.get("restart_warmup", True),
         "authors": train.get("adamw") == "authors",
-        "map": next((name for name in ("increlora", "adalora") if f"/{name}/" in pattern), None),
+        "map": next((name for name in ("increlora", "adalora") if f"/{name}/stsb/" in pattern), None),
         "data": config["task"].get("train_fraction", 1.0) if config["task"]["holdout"] == 0.5 else None,
     }
 
@@ -179,6 +180,7 @@ def verdict(study: Study, part: str, question: str) -> str:
 COLUMNS = ("train", "budget", "arm")
 SWITCHES = {"orthogonality": "orthogonality", "advance": "advance learning", "restart": "restart warmup"}
 FULL = LOOKS["increlora"].label
+REPEATED = ("Figure 4", "Table 2")  # the parts of which one arm had run on another processor
 
 
 def cells(run: Run) -> tuple[str, ...]:
@@ -229,14 +231,19 @@ def difference_text(values: Sequence[float]) -> str:
     return with_interval(np.mean(values), interval.low, interval.high)
 
 
-def built(runs: Sequence[Run]) -> dict[str, Table]:
-    """Name -> table, of the study's runs; empty before an arm is complete."""
+def built(runs: Sequence[Run], repeats: Sequence[Run] = ()) -> dict[str, Table]:
+    """Name -> table, of the study's runs; empty before an arm is complete.
+
+    Args:
+        repeats: of some of its runs, on the processor of the others.
+    """
     arms = complete(runs)
     if not arms:
         return {}
     trials = [run for run in runs if run["run"]["seed"] in TUNING and cells(run) in arms]
     trials.sort(key=lambda run: place(cells(run)))
-    return {
+    found = {f"{EXPERIMENT}_one_processor": tests(with_repeats(runs, repeats), REPEATED)} if repeats else {}
+    return found | {
         EXPERIMENT: joint_scores("Study C, MiniLM on STS-B", arms, COLUMNS),
         f"{EXPERIMENT}_tests": tests(runs),
         f"{EXPERIMENT}_differences": differences(arms),
@@ -244,16 +251,34 @@ def built(runs: Sequence[Run]) -> dict[str, Table]:
     }
 
 
-def tests(runs: Sequence[Run]) -> Table:
-    """Every test that can be made."""
+def with_repeats(runs: Sequence[Run], repeats: Sequence[Run]) -> list[Run]:
+    """The runs, with those that were made a second time in place of the first.
+
+    Raises:
+        UserError: a repeat is of none of the runs.
+    """
+    second = {_name(run): run for run in repeats}
+    if odd := second.keys() - {_name(run) for run in runs}:
+        raise UserError(f"results/repeats has a run that results/runs has not: {' '.join(odd.pop())}")
+    return [second.get(_name(run), run) for run in runs]
+
+
+def _name(run: Run) -> tuple[str, ...]:
+    told = run["run"]
+    return (told["budget"], told["method"], f"seed={told['seed']}", *told["overrides"])
+
+
+def tests(runs: Sequence[Run], parts: Collection[str] = tuple(TESTS)) -> Table:
+    """Every test of these parts that can be made."""
     rows, study = [], Study(runs)
-    for outcome in (outcome for part in TESTS for outcome in outcomes(study, part)):
+    for outcome in (outcome for part in parts for outcome in outcomes(study, part)):
         rows.append([
             outcome.part, outcome.question, difference_text(outcome.values), str(len(outcome.values)),
             f"{outcome.p:.3f}", outcome.word,
         ])  # fmt: skip
     caption = (
         f"Study C, MiniLM on STS-B: paired differences in points on {selection.JOINT} with 95 % t intervals; p of "
-        f"sign-flip tests (Table 2: Holm's). No effect: the interval lies within {MARGIN} points of 0."
+        f"sign-flip tests (Table 2: Holm's). No effect: the interval lies within {MARGIN} points of 0. Of the other "
+        "parts, a test after one that is not significant is not made, and its p is described."
     )
     return Table(caption, ["part", "test", "difference [interval]", "seeds", "p", "outcome"], rows)

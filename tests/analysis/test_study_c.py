@@ -97,6 +97,20 @@ def test_main_effects_by_hand_and_the_ninth_arm_is_none_of_them():
     assert len(study_c.tests(runs).rows) == 3
 
 
+def test_runs_made_a_second_time_take_the_place_of_the_first():
+    runs = factorial({"orth_weight": 1.0, "advance_learning": 0.0, "restart_warmup": 0.0})
+    for number, result in enumerate(runs):
+        result["run"]["overrides"] = ["experiment=study_c", f"arm={number // 8}"]
+    second = [run(seed, 81.4) for seed in range(47, 53)]  # the arm with everything on, 0.4 points higher
+    for result in second:
+        result["run"]["overrides"] = ["experiment=study_c", "arm=0"]
+    # in six of eight seeds, one of the four arms with it on: 0.4 * 6 / 8 / 4
+    assert told(study_c.with_repeats(runs, second), "Table 2")["advance learning"][0] == pytest.approx(0.075)
+    second[0]["run"]["overrides"] = ["experiment=study_c", "arm=9"]
+    with pytest.raises(UserError, match=r"results/repeats has a run that results/runs has not: r2 increlora seed=47"):
+        study_c.with_repeats(runs, second)
+
+
 def test_table_3_by_hand():
     maps = {name: f"runs/minilm/r2/{name}/stsb/x/seed47" for name in ("increlora", "adalora")}
     runs = [

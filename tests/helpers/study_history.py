@@ -23,7 +23,7 @@ def protocols(root: Path) -> list[str]:
 
 def runs(root: Path, study: str) -> list[dict]:
     """The committed runs of a study."""
-    tracked = git(root, "ls-files", "results/runs/*.json").splitlines()
+    tracked = git(root, "ls-files", "results/runs/*.json", "results/repeats/*.json").splitlines()
     found = [json.loads((root / name).read_text(encoding="utf-8")) for name in tracked]
     return [run for run in found if f"experiment={study}" in run["run"]["overrides"]]
 
