@@ -41,7 +41,7 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# make tables       write the tables of results/ and README from the result files
+# make tables       write the tables of results/, docs/cost.md and docs/claims.md from the result files
 tables: install
 	$(RUN) scripts/tables.py
 

@@ -4,9 +4,9 @@
 
 Exits 0 only if every selection of matrices is identical, the learning rates agree to 1e-12, the scores
 to a relative 1e-6 and the final updates to 1e-7. The trace's format is described in
-tests/reference_trace/README.md. The replay sets the start values of components and asks for the two
-defects of the authors' code that change numbers (configs/compat/authors.yaml); everything else is what
-training uses.
+tests/reference_trace/README.md. The replay sets the start values of components and asks for the
+method's part of configs/compat/authors.yaml (the trace was recorded with torch's AdamW); everything else is
+what training uses.
 """
 
 import argparse

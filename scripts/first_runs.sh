@@ -3,7 +3,7 @@
 #
 #     scripts/first_runs.sh DATA [TASK...]      DATA holds MRPC/ and CoLA/ with GLUE's TSV files
 #
-# The results table of the README comes from these runs: `python scripts/collect.py runs && make tables`.
+# The results table of results/README.md comes from these runs: `python scripts/collect.py runs && make tables`.
 set -euo pipefail
 data=$1
 shift
