@@ -91,7 +91,7 @@ class IncreLoRA(Method):
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be in [0, 1), it is {getattr(self, name)}")
-        for name in ("orth_weight", "reserve_lambda"):
+        for name in ("orth_weight", "reserve_lambda", "rank_epsilon"):
             if getattr(self, name) < 0:
                 raise UserError(f"`{name}` must not be negative, it is {getattr(self, name)}")
         if self.max_rank is not None and self.max_rank < self.target_rank:
@@ -245,6 +245,7 @@ class IncreLoRA(Method):
             self._check_ranks(step)
         self.order.begin(step)
         self.bank.check_dtype()
+        self.bank.forget()  # a change of `.data` since the last pass shows nowhere
         self.loss_scale = loss_scale
         self.penalties, self.bank.passed = 0, False
         self.watchers = [

@@ -123,8 +123,9 @@ class Bank(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Become a module of the model, and guard what is saved of it and loaded into it."""
-        # not in a Sequential itself, which would call the bank as one of its layers
-        home = model.get_submodule(next(iter(self.matrices))) if isinstance(model, nn.Sequential) else model
+        # not in a container itself, which would call the bank as one of its layers
+        containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        home = model.get_submodule(next(iter(self.matrices))) if isinstance(model, containers) else model
         home.add_module(NAME, self)
         self.watch(model)
         self.hooks.append(model.register_state_dict_post_hook(partial(_mark, self)))
@@ -141,6 +142,17 @@ class Bank(nn.Module):
             module = model.get_submodule(".".join(parts[0] for parts in common[:depth]))
             self.hooks.append(module.register_forward_pre_hook(self._enter))
             self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def forward(self, *_: Any) -> Tensor:
+        """No layer, though it is a module of the model.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"the model calls its children() one after another, and `{NAME}`, which holds the components, is one of "
+            "them: let it call its own layers by name"
+        )
 
     def unwatch(self) -> None:
         """Remove every hook."""
@@ -264,7 +276,7 @@ class Bank(nn.Module):
     def changed(self) -> None:
         """Note that the structure has changed: indices and views are made again when they are needed."""
         self._made_for: tuple[torch.device, torch.dtype] | None = None
-        self._forget()
+        self.forget()
 
     def _placed(self, matrix: Matrix, rank: int, group: int) -> Component:
         into = self.all_groups[group]
@@ -398,7 +410,7 @@ class Bank(nn.Module):
         key = (task, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype)
         if key not in self._views:
             if any(other[0] != task for other in self._views):
-                self._forget()
+                self.forget()
             with _kept_for_backward():
                 self._views[key] = self._gather(dtype)
         return self._views[key][name]
@@ -426,7 +438,7 @@ class Bank(nn.Module):
             if self.depth == 0:
                 self.outermost = id(module)
         if self.depth == 0:
-            self._forget()
+            self.forget()
         self.depth += 1
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.passed = True
@@ -436,7 +448,8 @@ class Bank(nn.Module):
         if self.depth == 0:
             self._views = {}
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop what was gathered for one pass; it is gathered anew when it is needed."""
         self._views, self._last = {}, (None, {})
 
     def _gather(self, dtype: torch.dtype) -> dict[str, Views]:
@@ -477,7 +490,7 @@ class Bank(nn.Module):
         return self._last[1]
 
     def _used_up(self, _: Tensor) -> None:
-        self._forget()
+        self.forget()
 
     def _indices(self) -> dict[int, _Index]:
         """The index of each width; made again when the structure or the device has changed."""

@@ -73,6 +73,7 @@ class IncrementalLinear(Update):
     def __init__(self, base: nn.Linear, bank: Bank, name: str, dropout: float = 0.0):
         super().__init__(bank, name, dropout)
         self.base = base.requires_grad_(False)
+        self.train(base.training)  # of its dropout too
 
     # what other code asks of a linear layer
     in_features = property(lambda self: self.base.in_features)

@@ -207,15 +207,24 @@ class Method:
         surgery.refuse_what_holds_more_than_the_model(model)
         if not isinstance(self.kinds, Mapping):
             raise UserError(f"`kinds` must map names to regular expressions over module names, it is {self.kinds!r}")
+        if isinstance(self.matrices, str):
+            raise UserError(f"`matrices` must be a list of kinds, it is {self.matrices!r}")
         if self.matrices is not None and not self.matrices:
             raise UserError("`matrices` names no kind of matrix; null adapts all")
-        check_patterns({f"kinds.{kind}": pattern for kind, pattern in self.kinds.items()})
+        patterns = {f"kinds.{kind}": pattern for kind, pattern in self.kinds.items()}
+        check_patterns(patterns if self.head is None else patterns | {"head": self.head})
         kinds = self.kinds or surgery.kinds_of_layers(model, self.head)
         unknown = sorted(set(self.matrices or []) - set(kinds))
         if unknown:
             raise UserError(f"`matrices` names {', '.join(unknown)}; the backbone has: {', '.join(kinds)}")
         found = surgery.find_matrices(model, {k: kinds[k] for k in self.matrices or kinds})
-        surgery.refuse_half_precision(self.head_parameters(model))
+        head = self.head_parameters(model)
+        if both := [name for name in found if any(parameter.startswith(f"{name}.") for parameter, _ in head)]:
+            raise UserError(
+                f"{', '.join(both)}: `kinds` adapts it, which freezes it, and `head` trains it in full; let one of the "
+                "two expressions leave it out"
+            )
+        surgery.refuse_half_precision(head)
         self.allocations = []
         self.weights_before = base_weights.checksums(dict(base_weights.tensors(model)))
         return found

@@ -6,6 +6,7 @@ The benchmark writes and reads them, the analysis reads nothing else; so this mo
 import hashlib
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -89,6 +90,12 @@ def _check_values(result: Mapping[str, Any]) -> None:
     Raises:
         AttributeError, KeyError, TypeError: it is missing, or of another type.
     """
+    for key in ("backbone", "budget", "method", "task"):  # parts of a path
+        name = result.get("run", {}).get(key, "")
+        if not isinstance(name, str) or re.search(r"[/\\]|^\.\.?$", name):
+            raise TypeError(f"a {key} that is no name, {name!r}")
+    if type(seed := result.get("run", {}).get("seed", 0)) is not int:
+        raise TypeError(f"a seed that is no whole number, {seed!r}")
     for score in result.get("scores", {}).values():
         if not isinstance(score["step"], int) or not isinstance(score["score"], int | float | None):
             raise TypeError(f"a score of {score['score']!r} at step {score['step']!r}")

@@ -50,6 +50,11 @@ def _refuse_what_cannot_be_adapted(model: nn.Module, found: Mapping[str, nn.Line
                 f"{name} lies in torch's {type(parent).__name__}, which reads its weight directly and would ignore "
                 "the update; choose other layers (kinds), or a model that calls its layers"
             )
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            raise UserError(
+                f"{name} has forward hooks, which would see its output without the update, and not as it was: register "
+                "them after method.prepare"
+            )
         weight = linear._parameters.get("weight")
         if weight is None:
             raise UserError(

@@ -71,7 +71,8 @@ class Settings:
         for name in (*positive, "checkpoint_interval", "max_grad_norm", "max_skipped", "learning_rate", "max_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"`{name}` must be above 0, it is {value}")
+                origin = " (train.warmup_steps, if nothing else is given)" if name == "eval_interval" else ""
+                raise UserError(f"`{name}` must be above 0, it is {value}{origin}")
         for name in ("weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"`{name}` must not be negative, it is {getattr(self, name)}")

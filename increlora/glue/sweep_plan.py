@@ -397,7 +397,9 @@ def quoted(value: Any) -> str:
     if value is None:
         return "null"
     text = str(value)
-    return f"'{text}'" if any(character in text for character in "=,{}[]() ") else text
+    if re.fullmatch(r"[\w./:+%|-]*", text, re.ASCII):
+        return text
+    return "'{}'".format(re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", r"\'"))
 
 
 def find_result(run: Run, known: Path | None) -> dict[str, Any] | None:

@@ -405,6 +405,10 @@ class Task:
     # settings that cannot work
 
     def _check_names(self) -> None:
+        for name in ("fields", "dev", "labels", "metrics"):
+            value = getattr(self, name)
+            if isinstance(value, str) or (value is None and name != "labels"):
+                raise UserError(f"task {self.name}: `{name}` must be a list, it is {value!r}")
         self.fields, self.dev = list(self.fields), list(self.dev)
         if len(self.fields) not in (1, 2) or not self.dev:
             raise UserError(f"task {self.name}: `fields` must name one or two columns, `dev` at least one split")

@@ -116,6 +116,9 @@ class Growth:
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
             self.hooks += [p.register_post_accumulate_grad_hook(self._queue_average) for p in trained]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "left": None}  # weak references, of no use in a copy or a file
+
     # one step
 
     def begin_step(self, micro_batches: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -249,6 +252,8 @@ class Growth:
                 )
             self.phase = STEPPED
             return
+        if self.phase == BETWEEN and self.step >= self.total_steps and all(p.grad is None for p in self._parameters()):
+            return  # after the last step, and nothing can change
         what = {
             BETWEEN: "growth.begin_step() was not called before the forward of this step",
             BEGUN: "growth.before_step() was not called after the backward of this step",
@@ -313,6 +318,11 @@ class Growth:
 
     def _check_schedule(self) -> None:
         warmup = self.warmup_steps
+        if self.total_steps < 1:
+            raise UserError(
+                f"Growth has {self.total_steps} steps: give the optimizer steps of the whole run, as method.prepare "
+                "had them (where a Trainer counts epochs, its max_steps is -1)"
+            )
         if not isinstance(warmup, int) or not 0 <= warmup < max(1, self.total_steps):
             raise UserError(
                 f"`warmup_steps` must be a whole number of steps from 0 to below {self.total_steps} (the whole run), "

@@ -59,12 +59,18 @@ class IncreLoRACallback(TrainerCallback):
                 f"lr_scheduler_type={args.lr_scheduler_type.value!r} is not used: the schedule is a restart warmup "
                 "with linear decay; give TrainingArguments lr_scheduler_type='linear' and no lr_scheduler_kwargs"
             )
+        if args.auto_find_batch_size:
+            raise UserError(
+                "auto_find_batch_size starts the training again in the middle of it, where the ranks have grown: set "
+                "per_device_train_batch_size, and leave auto_find_batch_size out"
+            )
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         optimizer: torch.optim.Optimizer = kind(parameter_groups(method, model, args.weight_decay), **options)
         total_steps = args.max_steps if total_steps is None else total_steps
         self.growth = Growth(method, model, optimizer, total_steps, args.get_warmup_steps(total_steps))
         self.optimizers = optimizer, GroupsDecide(optimizer)
         self.made_with = {name: getattr(args, name) for name in READ}
+        self.over = False  # the step under way comes after the last one
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -105,17 +111,28 @@ class IncreLoRACallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
+        self.over = self.growth.step >= self.growth.total_steps
+        if self.over:  # the Trainer has resumed from the last checkpoint, and takes a step before it looks where it is
+            return
         self.growth.begin_step(args.gradient_accumulation_steps, parts["optimizer"].scaler)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
+        if self.over:
+            self.growth.optimizer.zero_grad(set_to_none=True)
+            return
         self.growth.before_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         self.growth.after_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        if self.over:
+            state.global_step -= 1
+            control.should_training_stop = True
 
 
 class GroupsDecide(LRScheduler):

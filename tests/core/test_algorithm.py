@@ -333,6 +333,57 @@ def test_a_sequential_model_keeps_its_layers(tiny_deberta):
     assert list(layers.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
+class Chain(torch.nn.ModuleList):
+    def forward(self, x):
+        for layer in self:
+            x = layer(x).tanh()
+        return x
+
+
+class Children(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    forward = Chain.forward
+
+    def __iter__(self):
+        return self.children()
+
+
+def test_a_container_that_calls_its_layers_keeps_them_and_other_code_that_calls_children_is_told(tiny_deberta):
+    chain, x = Chain(torch.nn.Linear(3, 3) for _ in range(3)), torch.randn(5, 3)
+    before = chain(x)
+    increlora(kinds={"layer": r"\d+"}, head=None, top_h=None).prepare(chain, STEPS)
+    assert len(chain) == 3 and torch.equal(chain(x), before)
+    model = Children()
+    increlora(kinds={"layer": "one|two"}, head=None, top_h=None).prepare(model, STEPS)
+    with pytest.raises(UserError, match="let it call its own layers by name"):
+        model(x)
+
+
+def test_a_layer_is_prepared_in_the_mode_in_which_the_model_is(tiny_deberta):
+    model = tiny_deberta.eval()
+    increlora(dropout=0.5).prepare(model, STEPS)
+    assert not any(module.training for name, module in model.named_modules() if "increlora" not in name)
+
+
+def test_weights_that_were_swapped_for_a_forward_leave_no_trace_in_the_penalty(tiny_deberta):
+    """As a moving average of the weights does (`param.data`), in a forward with gradients and without backward."""
+    method = increlora(orth_weight=1.0)
+    method.prepare(tiny_deberta, STEPS)
+    method.begin_step(0)
+    expected = method.extra_loss().item()
+    kept = [parameter.data.clone() for parameter in method.bank.parameters()]
+    for parameter in method.bank.parameters():
+        parameter.data.mul_(0.5)
+    tiny_deberta(input_ids=torch.ones(1, 4, dtype=torch.long))
+    for parameter, value in zip(method.bank.parameters(), kept, strict=True):
+        parameter.data.copy_(value)
+    method.begin_step(0)
+    assert method.extra_loss().item() == expected
+
+
 def test_the_last_growth_takes_what_is_left_of_the_budget(tiny_deberta):
     """84 ranks by steps of 5: 16 matrices gain 5, one gains 4."""
     method = increlora(target_rank=8, rank_step=5, top_h=6)
@@ -352,6 +403,13 @@ def test_the_last_growth_takes_what_is_left_of_the_budget(tiny_deberta):
         ({"scoring_window": 0}, "`scoring_window` must be auto, all or a number above 0"),
         ({"scoring_window": "some"}, "`scoring_window` must be auto, all or a number above 0"),
         ({"matrices": ["query", "quary"]}, "quary; the backbone has: query, key"),
+        ({"matrices": "query"}, "`matrices` must be a list of kinds, it is 'query'"),
+        (
+            {"kinds": {"dense": r".*pooler\.dense"}},
+            "pooler.dense: `kinds` adapts it, which freezes it, and `head` trains",
+        ),
+        ({"head": "("}, "`head` must be a regular expression, it is '('"),
+        ({"rank_epsilon": -1.0}, "`rank_epsilon` must not be negative"),
         ({"kinds": {"query": r".*\.q_proj"}}, "no linear layer matches matrix kind 'query'"),
         ({"interval": 20, "top_h": 1}, "the growth schedule does not fit: 12 growths"),
     ],

@@ -56,9 +56,10 @@ REFUSED = [
     (["budget=r3"], "r1, r12, r16, r2, r24, r4, r8"),
     (["method.rank=3"], "Could not override 'method.rank'"),
     (["train.learning_rat=1"], "`python run.py --cfg job` shows every key"),
-    (["task=a=b=c"], "'task=a=b=c' cannot be read: a value that holds = ,"),
-    (["run_dir=runs/a=b/c"], "needs quotes"),
-    (["task.data_dir=~/glue"], "needs quotes"),
+    (["task=a=b=c"], "'task=a=b=c' cannot be read: other characters than letters"),
+    (["run_dir=runs/a=b/c"], "need quotes"),
+    (["task.data_dir=~/glue"], "need quotes"),
+    (["train.warmup_steps=0"], "above 0, it is 0 (train.warmup_steps, if nothing else is given)"),
     (["overwrite=no"], "overwrite=no must be true or false"),
 ]
 

@@ -440,6 +440,8 @@ def test_dev_and_held_out_examples_are_one_split_too(tmp_path, words):
     assert both.input_ids == dev.input_ids + held.input_ids and both.labels == dev.labels + held.labels
     with pytest.raises(UserError, match=r"^task\.joint=true .*: set task\.holdout"):
         task_of("rte", joint=True)
+    with pytest.raises(UserError, match=r"^task rte: `labels` must be a list, it is 'abc'"):
+        task_of("rte", labels="abc")
 
 
 def test_truncation_is_counted_and_cuts_the_longer_text(tmp_path, words):

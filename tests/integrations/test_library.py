@@ -439,6 +439,8 @@ def test_the_trainer_example_goes_on_after_a_kill_and_leaves_a_plain_model(tmp_p
     again = run_example("train_with_trainer.py", tmp_path, monkeypatch, capsys).splitlines()
     assert again[-2:] == whole[-2:] and "total rank 48" in whole[-2] and "a plain BERT" in whole[-1]
     assert len(again) < len(whole)
+    once_more = run_example("train_with_trainer.py", tmp_path, monkeypatch, capsys).splitlines()  # from the last step
+    assert once_more[-2:] == whole[-2:]
 
 
 # a PEFT adapter

@@ -487,8 +487,9 @@ def test_models_that_cannot_be_right_are_refused(bert):
     packed = copy.deepcopy(bert)
     weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
     packed.bert.encoder.layer[1].attention.self.key.weight = weight
-    prepared = copy.deepcopy(bert)
+    prepared, hooked = copy.deepcopy(bert), copy.deepcopy(bert)
     made().prepare(prepared, STEPS)
+    hooked.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, x, h: h * 2)
     for case, (model, changes, said) in {
         "a PeftModel": (get_peft_model(copy.deepcopy(bert), config), {}, "merge or remove PEFT's adapters first"),
         "PEFT's layers inside": (injected, {}, "bert.encoder.layer.0.attention.self.query is of class Linear: merge"),
@@ -498,6 +499,7 @@ def test_models_that_cannot_be_right_are_refused(bert):
         "wrapped": (DistributedDataParallel(bert), {}, "wrap the model after method.prepare and Growth"),
         "averaged": (torch.optim.swa_utils.AveragedModel(bert), {}, "average it afterwards"),
         "in several parts": (nn.DataParallel(bert), {}, "start one process per GPU"),
+        "a layer with a hook": (hooked, {}, "output.dense has forward hooks"),
         "a parametrization": (normed, {}, "output.dense is computed from other parameters"),
         "quantized": (packed, {}, "with weights in torch.int8; only plain nn.Linear layers"),
         "experts": (
@@ -538,6 +540,7 @@ def test_optimizers_that_would_not_train_what_grows_are_refused(bert, monkeypatc
     refused("ZeroRedundancyOptimizer shards its state", growth_with, ZeroRedundancyOptimizer(groups))
     wrapped = type("Wrapped", (), {"param_groups": optimizer_of(method, bert).param_groups})()
     refused("is not a torch.optim.Optimizer itself", growth_with, wrapped)
+    refused("Growth has -1 steps: give the optimizer steps", Growth, method, bert, optimizer_of(method, bert), -1, 0)
     scheduled = optimizer_of(method, bert)
     torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 1.0)
     refused("a learning-rate scheduler is attached", growth_with, scheduled)
@@ -631,6 +634,7 @@ def test_a_trainer_without_its_callback_with_another_schedule_or_saved_unmerged_
     refused(
         "lr_scheduler_type='cosine' is not used", trainer_of, copy.deepcopy(bert), tmp_path, lr_scheduler_type="cosine"
     )
+    refused("leave auto_find_batch_size out", trainer_of, copy.deepcopy(bert), tmp_path, auto_find_batch_size=True)
     made_, callback = trainer_of(copy.deepcopy(bert), tmp_path)
     made_.add_callback(callback)
     refused("growth.before_step() is called twice", made_.train)

@@ -26,6 +26,9 @@ def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_p
         (other / "result.json").write_text(json.dumps(changed))
     (tmp_path / "runs" / "tiny" / "seed45").mkdir()
     (tmp_path / "runs" / "tiny" / "seed45" / "result.json").write_text("{}")
+    (tmp_path / "runs" / "tiny" / "seed46").mkdir()
+    elsewhere = clean | {"run": clean["run"] | {"task": "../../../elsewhere"}}
+    (tmp_path / "runs" / "tiny" / "seed46" / "result.json").write_text(json.dumps(result_files.sealed(elsewhere)))
     into = ("--into", tmp_path / "results" / "repeats")
     assert call(script, monkeypatch, tmp_path / "runs", *into) == 1  # something was no result; the others are taken
     said = capsys.readouterr()
@@ -37,6 +40,7 @@ def test_results_of_clean_commits_are_copied_without_paths_of_this_machine(tmp_p
     assert copied == result_files.sealed(clean | {"data": clean["data"] | {"source": "glue"}})
     assert "its commit is not known" in said.err and "seed44" in said.err
     assert "seed45/result.json is not the result of a run" in said.err
+    assert "seed46/result.json is not the result of a run: a task that is no name, '../../../elsewhere'" in said.err
 
 
 def test_a_result_goes_where_its_run_belongs_and_none_takes_the_place_of_another(tmp_path, monkeypatch, capsys):

@@ -160,7 +160,7 @@ def test_a_pattern_that_only_other_results_know_is_refused(tmp_path, monkeypatch
 
 
 def test_values_as_hydra_reads_them():
-    values = {"runs/a=b,c=1/seed1": str, 1e-5: float, "r2": str}
+    values = ["runs/a=b,c=1/seed1", 1e-5, "r2", "données", "it's here", "a&b", "~/x", "C:\\a b\\", "it's\\", "", '"q"']
     for value in values:
         assert config.load([f"settings_from={sweep_plan.quoted(value)}"]).settings_from == value
     assert config.load([f"run_dir={sweep_plan.quoted(None)}"]).run_dir is None

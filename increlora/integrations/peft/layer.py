@@ -79,7 +79,7 @@ class IncreLoraLayer(BaseTunerLayer):
             name: of the matrix in the bank.
         """
         update = AdapterUpdate(bank, name, dropout)
-        self.increlora_update[adapter_name] = update
+        self.increlora_update[adapter_name] = update.train(self.get_base_layer().training)
         return update
 
     def update(self, adapter_name: str) -> AdapterUpdate:
