@@ -227,8 +227,8 @@ class readable_errors:
                     raise cause from None
                 if isinstance(cause, OverrideParseException):
                     raise UserError(
-                        f"'{cause.override}' cannot be read: other characters than letters, digits and _./:+- in a value "
-                        """need quotes, e.g. "run_dir='a=b'" (the outer ones for the shell)"""
+                        f"'{cause.override}' cannot be read: other characters than letters, digits and _./:+- "
+                        """in a value need quotes, e.g. "run_dir='a=b'" (the outer ones for the shell)"""
                     ) from error
                 cause = cause.__cause__
             raise UserError(_two_lines(str(error), self._group())) from error

@@ -59,7 +59,6 @@ REFUSED = [
     (["task=a=b=c"], "'task=a=b=c' cannot be read: other characters than letters"),
     (["run_dir=runs/a=b/c"], "need quotes"),
     (["task.data_dir=~/glue"], "need quotes"),
-    (["train.warmup_steps=0"], "above 0, it is 0 (train.warmup_steps, if nothing else is given)"),
     (["overwrite=no"], "overwrite=no must be true or false"),
 ]
 
