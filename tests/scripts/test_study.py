@@ -163,6 +163,17 @@ def test_readme_says_of_figure_4_what_its_runs_say():
     assert f"by {number} points over r2 to r16, and more so at small budgets" in page
 
 
+def test_readme_says_of_table_2_what_its_runs_say():
+    runs = selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
+    found = {outcome.question: outcome for outcome in study_c.outcomes(study_c.Study(runs), "Table 2")}
+    assert {question: outcome.word for question, outcome in found.items()} == {
+        "orthogonality": "undecided", "advance learning": "no effect", "restart warmup": "no effect",
+    }  # fmt: skip
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(found["orthogonality"].values) == 8 and "(eight seeds) the score is the same within" in page
+    assert f"within {study_c.MARGIN} points without advance learning and without restart warmup" in page
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     write(tmp_path, "stsb", "uniform", 47, 0.5)
     write(tmp_path / "copy", "stsb", "uniform", 47, 0.6)
