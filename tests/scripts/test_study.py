@@ -160,7 +160,12 @@ def test_readme_says_of_figure_4_what_its_runs_say():
     found = comparison.interval(over_all.values, method="t")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     number = f"{np.mean(over_all.values):.2f} [{found.low:.2f}, {found.high:.2f}]"
-    assert f"by {number} points over r2 to r16, and more so at small budgets" in page
+    assert f"by {number} points over r2 to r16: supported" in page
+    repeats = result_files.load_runs(ROOT / "results" / "repeats")
+    again, again_falling = study_c.outcomes(study_c.Study(study_c.with_repeats(runs, repeats)), "Figure 4")
+    assert (again.word, again_falling.word) == ("supported", "undecided")
+    told = f"(p = {falling.p:.3f}), and undecided if all of them come from one processor (p = {again_falling.p:.3f})"
+    assert told.replace("0.", ".") in page
 
 
 def test_readme_says_of_table_2_what_its_runs_say():
