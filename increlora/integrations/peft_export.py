@@ -105,7 +105,7 @@ def adapter(
     head = head_modules(method, model)
     ends = (*head, *IMPLIED_HEADS.get(task_type or "", ()))
     kept = [name for name in modules if name.endswith(ends)]  # what PEFT will load in full, by the ends of names
-    _check_head(method, model, kept, factors)
+    _check_head(method, model, kept)
     _check_rest(method, model, kept, factors)
     auto = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config, tensors = plain_lora(
@@ -170,8 +170,8 @@ def _modules_within(module: nn.Module, name: str, parameters: set[str]) -> list[
     return [found for child, full in children for found in _modules_within(child, full, parameters)]
 
 
-def _check_head(method: Method, model: nn.Module, kept: list[str], matrices: Iterable[str]) -> None:
-    """All of the head lies in the modules that are kept whole, and no matrix does."""
+def _check_head(method: Method, model: nn.Module, kept: list[str]) -> None:
+    """All of the head lies in the modules that are kept whole."""
     inside = tuple(f"{name}." for name in kept)
     head = {id(parameter) for _, parameter in method.head_parameters(model)}
     everywhere = model.named_parameters(remove_duplicate=False)  # also a tied parameter's other names
@@ -180,13 +180,6 @@ def _check_head(method: Method, model: nn.Module, kept: list[str], matrices: Ite
         raise UserError(
             f"{lost[0]} is trained, or tied to such a parameter, in a module that is only partly head; PEFT keeps "
             "whole modules. Save the merged model instead: method.merge(model)."
-        )
-    taken = [(matrix, name) for matrix in matrices for name in kept if f"{matrix}.".startswith(f"{name}.")]
-    if taken:
-        matrix, name = taken[0]
-        raise UserError(
-            f"{matrix} has an update, and PEFT would take it for a part of the head, {name}. "
-            "Save the merged model instead: method.merge(model)."
         )
 
 

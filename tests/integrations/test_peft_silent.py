@@ -7,10 +7,9 @@ import torch
 from naming import naming
 from peft import PeftModel, get_peft_model
 from test_peft import DECAY, GROWTH, RATE, STEPS, WARMUP, counting, llama, trainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_constant_schedule, get_linear_schedule_with_warmup
 
-from increlora.errors import UserError
 from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig, attach
 
 
@@ -163,6 +162,29 @@ def test_a_hook_of_an_adapted_layer_sees_what_the_layer_gave():
     assert output.shape == (8, 12, 32) and torch.equal(output, as_given)
 
 
+def test_hooks_of_the_backward_pass_and_of_all_modules_change_nothing():
+    base, seen = llama(), []
+    base.model.layers[0].mlp.down_proj.register_full_backward_hook(lambda *_: None)
+    model = get_peft_model(base, IncreLoraConfig(target_r=4, init_weights=False))
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, h: seen.append((h, h.clone())) if type(module) is nn.Linear else None
+    )
+    model(input_ids=counting(0), labels=counting(0)).loss.backward()
+    hook.remove()
+    assert seen and all(torch.equal(output, as_given) for output, as_given in seen)
+
+
+def test_a_reference_pass_without_the_adapter_may_come_first():
+    model = adapted()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    training = attach(model, optimizer)
+    with model.disable_adapter():
+        reference = model(input_ids=counting(0)).logits.detach()
+    (model(input_ids=counting(0)).logits - reference).square().mean().backward()
+    optimizer.step()
+    assert training.step == 1
+
+
 def test_a_copy_that_trains_without_attach_is_named_too():
     model = adapted()
     attach(model, torch.optim.AdamW(model.parameters()))
@@ -216,13 +238,31 @@ def groups_that_differ() -> None:
     train(model, optimizer, STEPS)
 
 
+def warmup_below_0() -> None:
+    model = adapted()
+    attach(model, torch.optim.AdamW(model.parameters()), warmup_steps=-5)
+
+
+def layers_without_names() -> None:
+    adapted(layers_to_transform=[0])
+
+
+def a_weight_that_is_computed() -> None:
+    base = llama()
+    nn.utils.parametrizations.weight_norm(base.model.layers[0].mlp.down_proj)
+    get_peft_model(base, IncreLoraConfig(target_modules=["down_proj"]))
+
+
 def test_it_is_refused():
     for refused, match in (
         (scaler_not_told, "this is a GradScaler that `attach` was not given"),
         (scaler_told_and_not_used, "this is no step of the scaler of `attach`"),
         (one_optimizer_for_two_models, "the optimizer is attached to an adapter of another model"),
         (not_linear_at_all, "the learning rate at step 1 is 0.001 of 0.001, not that of a linear schedule"),
+        (warmup_below_0, "`warmup_steps` must be a whole number of steps, 0 or more, it is -5"),
+        (layers_without_names, "`layers_to_transform` needs names in `target_modules`"),
+        (a_weight_that_is_computed, r"down_proj` is computed from other parameters"),
         (groups_that_differ, "Counting writes `sum` into its groups at every step"),
     ):
-        with naming(refused.__name__), pytest.raises(UserError, match=match):
+        with naming(refused.__name__), pytest.raises(ValueError, match=match):
             refused()

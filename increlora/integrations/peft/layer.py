@@ -158,7 +158,8 @@ class Linear(nn.Module, IncreLoraLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *arguments, **keywords)
         base = self.base_layer  # whose hooks see its own output, in its own shape
-        in_place = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        in_place = type(base) is nn.Linear and not any(hooks) and not nn.modules.module._has_any_global_hook()
         rows = x.reshape(-1, x.shape[-1]) if in_place else x
         h = self.base_layer(rows, *arguments, **keywords)
         for adapter in self.active_adapters:

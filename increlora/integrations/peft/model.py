@@ -118,6 +118,11 @@ class IncreLoraModel(BaseTuner):
                 "nn.Linear, transformers' Conv1D and quantized linear layers can be adapted; choose other "
                 "`target_modules`, or train this one in full by `modules_to_save`"
             )
+        if isinstance(base, nn.Linear | Conv1D) and base._parameters.get("weight") is None:
+            raise Refused(
+                f"the weight of `{current_key}` is computed from other parameters (a parametrization, weight_norm), so "
+                "a merge would be lost: remove that first, or choose other `target_modules`"
+            )
         if id(base.weight) in self._tied:
             raise Refused(
                 f"the weight of `{current_key}` is tied to another module's: an update would reach one, a merge both; "
@@ -140,7 +145,9 @@ class IncreLoraModel(BaseTuner):
     def _leave_out_the_head(self, model: nn.Module, config: IncreLoraConfig) -> None:
         """A head that PEFT will train in full, as it does that of a sequence classifier."""
         heads = {head for head in HEADS.get(config.task_type or "", ()) if hasattr(model, head)}
-        if heads and not isinstance(config.exclude_modules, str):
+        if heads and isinstance(config.exclude_modules, str):
+            config.exclude_modules = rf"(?:{config.exclude_modules})|(?:.*\.)?(?:{'|'.join(sorted(heads))})"
+        elif heads:
             config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
 
     def _name_what_is_left_out(self, model: nn.Module) -> None:

@@ -95,6 +95,8 @@ class Training:
         if isinstance(optimizer, AcceleratedOptimizer):
             prepared: Any = optimizer
             optimizer, scaler = prepared.optimizer, scaler or prepared.scaler
+        if type(warmup_steps) is not int or warmup_steps < 0:
+            raise Refused(f"`warmup_steps` must be a whole number of steps, 0 or more, it is {warmup_steps!r}")
         self.optimizer, self.warmup_steps, self.linear = optimizer, warmup_steps, linear
         self.micro_batches, self.scaler = micro_batches, scaler
         self._refuse_shared()
@@ -216,7 +218,7 @@ class Training:
     @torch.compiler.disable
     def _forward_begins(self, model: nn.Module, *_: Any) -> None:
         """Before every forward pass of the model, compiled or not; the first one with gradients begins a step."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self.bank.like.requires_grad:  # as in disable_adapter()
             return
         if self.begun and self.arrived and all(p.grad is None for p in self.bank.all_groups[0].parameters()):
             self.begun = False  # a step that nobody took, such as one of a scaler whose gradients overflowed
