@@ -89,10 +89,6 @@ class IncreLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        if self.target_modules is None and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` needs names in `target_modules`; by default all layers are adapted."
-            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:

@@ -60,6 +60,10 @@ class IncreLoraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: IncreLoraConfig, model_config: dict) -> IncreLoraConfig:
         if peft_config.target_modules is None:
+            if peft_config.layers_to_transform is not None:
+                raise Refused(
+                    "`layers_to_transform` needs names in `target_modules`; by default all layers are adapted"
+                )
             peft_config.target_modules = "all-linear"
         return peft_config
 
