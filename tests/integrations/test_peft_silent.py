@@ -10,6 +10,7 @@ from test_peft import DECAY, GROWTH, RATE, STEPS, WARMUP, counting, llama, train
 from torch import Tensor, nn
 from transformers import get_constant_schedule, get_linear_schedule_with_warmup
 
+from increlora.errors import UserError
 from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig, attach
 
 
@@ -264,5 +265,5 @@ def test_it_is_refused():
         (a_weight_that_is_computed, r"down_proj` is computed from other parameters"),
         (groups_that_differ, "Counting writes `sum` into its groups at every step"),
     ):
-        with naming(refused.__name__), pytest.raises(ValueError, match=match):
+        with naming(refused.__name__), pytest.raises(UserError, match=match):
             refused()

@@ -166,6 +166,9 @@ def test_readme_says_of_figure_4_what_its_runs_say():
     assert (again.word, again_falling.word) == ("supported", "undecided")
     told = f"(p = {falling.p:.3f}), and undecided if all of them come from one processor (p = {again_falling.p:.3f})"
     assert told.replace("0.", ".") in page
+    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    said = f"the first test stays supported and the second is undecided (p = {again_falling.p:.3f})"
+    assert claims.count(said.replace("0.", ".")) == 2  # a row for each test
 
 
 def test_readme_says_of_table_2_what_its_runs_say():
