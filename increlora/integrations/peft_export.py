@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
+from peft.import_utils import is_transformers_ge_v5
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ def save_peft_adapter(
     method.warn_of_an_early_end("save_peft_adapter")
     base = base_model or getattr(model, "name_or_path", None) or None
     config, tensors = adapter(method, model, base, task_type, revision, pad_to)
+    refuse_taken_for_experts(config, getattr(model, "config", None))
     _compare_with_base(method, model, config, tensors, [base_model, getattr(model, "name_or_path", None)], revision)
     with whole(folder) as made:
         save_tensors(config, tensors, made)
@@ -151,6 +153,35 @@ def plain_lora(
     )  # fmt: skip
     tensors = {f"{IN_FILE}{name}.lora_A.weight": A for name, (A, _) in factors.items()}
     return config, tensors | {f"{IN_FILE}{name}.lora_B.weight": B for name, (_, B) in factors.items()}
+
+
+def refuse_taken_for_experts(config: LoraConfig, of_model: Any) -> None:
+    """Refuse a LoRA of which PEFT drops a part when it loads it.
+
+    PEFT converts the LoRA of some mixtures of experts from an older layout, where it takes every `gate_proj` for one of
+    an expert.
+
+    Args:
+        config: of the LoRA.
+        of_model: the configuration of the base model; None: not known.
+
+    Raises:
+        UserError: layers outside of the experts have such names.
+    """
+    if getattr(of_model, "model_type", None) is None or not is_transformers_ge_v5:
+        return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    stand_in, converted = nn.Module(), copy.deepcopy(config)
+    stand_in.config = of_model
+    with contextlib.suppress(ValueError):  # of what it takes for one fused layer, a part is not adapted
+        convert_peft_config_for_transformers(converted, stand_in, None)
+        if set(converted.target_modules or ()) == set(config.target_modules or ()):
+            return
+    raise UserError(
+        f"PEFT takes gate_proj, up_proj and down_proj in a LoRA of {of_model.model_type} for those of experts, and "
+        "would drop the updates of the layers here that have these names: train without them, or merge the adapter"
+    )
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:
