@@ -10,7 +10,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from test_peft import GROWTH, METHOD, STEPS, Run, counting, llama, trainer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 
 from increlora import IncreLoRA, save_peft_adapter
 from increlora.errors import UserError
@@ -216,3 +225,31 @@ def test_an_exported_adapter_is_that_of_a_plain_loop_in_the_middle(tmp_path):
     assert all(t.dtype == torch.float64 for t in load_file(tmp_path / "lora/adapter_model.safetensors").values())
     loaded = PeftModel.from_pretrained(llama(torch.float64), tmp_path / "lora")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-12)
+
+
+def test_dense_layers_that_peft_would_take_for_experts_are_refused(tmp_path):
+    shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    config = Qwen3MoeConfig(**shape, moe_intermediate_size=16, mlp_only_layers=[0])  # layer 0 is dense
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def base() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    dense = ["gate_proj", "up_proj", "down_proj"]
+    for name, excluded in (("all", None), ("some", ["gate_proj"]), ("attention", dense)):
+        config = IncreLoraConfig(target_r=1, init_weights=False, exclude_modules=excluded, seed=1)
+        model = get_peft_model(base(), config)
+        model.save_pretrained(tmp_path / name)
+        if excluded == dense:
+            export_lora(tmp_path / name, tmp_path / "lora")
+            close(PeftModel.from_pretrained(base(), tmp_path / "lora"), logits(model))
+            continue
+        with naming(name), pytest.raises(UserError, match="would drop the updates of the layers here"):
+            export_lora(tmp_path / name, tmp_path / "lora")
+    kinds = {name: rf".*\.0\.mlp\.{name}" for name in dense}
+    live, method = base(), IncreLoRA(target_rank=1, head=None, kinds=kinds)
+    method.prepare(live, 10)
+    with pytest.raises(UserError, match="in a LoRA of qwen3_moe for those of experts"):
+        save_peft_adapter(method, live, tmp_path / "plain", base_model=str(tmp_path / "base"))
+    assert not (tmp_path / "plain").exists() and not (tmp_path / "lora" / "plain").exists()

@@ -91,6 +91,23 @@ def test_fused_experts_are_named_as_left_out_and_the_rest_grows():
     assert sum(training.ranks().values()) == 2 * 8 and not any("experts" in name for name in training.ranks())
 
 
+def test_positions_and_convolutions_are_no_experts():
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heard = t.Wav2Vec2Config(
+        **small,
+        conv_dim=(32,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    for model in (t.ViTModel(t.ViTConfig(**small, image_size=8, patch_size=4)), t.Wav2Vec2Model(heard)):
+        assert any(parameter.ndim == 3 for parameter in model.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            get_peft_model(model, IncreLoraConfig(**RUN))
+
+
 def test_what_cannot_be_adapted_is_refused_with_its_name():
     for make, target, match in (
         (

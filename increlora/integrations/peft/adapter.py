@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from increlora.algorithm import START, IncreLoRA
 from increlora.components import STATE
@@ -74,10 +75,11 @@ class Adapter:
         """
         self._schedule(total_steps)
         self.method.plan(total_steps)
+        self.method.order.next = self.step  # final ranks that were loaded may be in the middle of a run
         self.planned = True
 
     def _schedule(self, total_steps: int) -> None:
-        if not isinstance(self.method, Grown):  # which has no growth to plan
+        if not self.final:  # else there is no growth to plan
             self.method.interval, self.method.init_warmup = self.config.interval_and_warmup(total_steps)
         with in_words_of_peft():
             self.method.schedule(len(self.shapes), total_steps)
@@ -85,12 +87,22 @@ class Adapter:
     @property
     def grows(self) -> bool:
         """Whether its growth is planned, so that its tensors mean nothing without its state."""
-        return self.planned and not isinstance(self.method, Grown)
+        return self.planned and not self.final
 
     @property
     def finished(self) -> bool:
         """Whether its ranks are final: growth is over and training too, or it was loaded so."""
-        return isinstance(self.method, Grown) or (self.planned and self.step >= self.method.order.total_steps)
+        return self.final or self.over
+
+    @property
+    def final(self) -> bool:
+        """Whether it was loaded with final ranks."""
+        return isinstance(self.method, Grown)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run that it was planned for is at its end."""
+        return self.planned and self.step >= self.method.order.total_steps
 
     def ranks(self) -> dict[str, int]:
         """The rank of every matrix."""
@@ -108,7 +120,7 @@ class Adapter:
             rows: the bank's tensors by the names that they have in it.
         """
         found: dict[str, Tensor] = {}
-        final = isinstance(self.method, Grown) or (self.finished and not self.in_checkpoints)
+        final = self.final or (self.over and not self.in_checkpoints)
         for name, matrix in self.bank.matrices.items():
             kept = matrix.components[: matrix.active] if final else matrix.components
             A = [rows[f"groups.{c.group}.rows.{matrix.in_features}"][c.A_row :][: c.rank] for c in kept]
@@ -117,14 +129,14 @@ class Adapter:
             E = [rows[f"groups.{c.lambda_group}.lambda_"][c.lambda_row :][: c.rank] for c in active]
             for factor, value in zip(FACTORS, (torch.cat(A), torch.cat(B).t(), torch.cat(E)), strict=True):
                 found[f"{name}.{factor}"] = value.detach().contiguous()
-        if not final and self.planned:
+        if self.planned and (not final or self.in_checkpoints):
             found[STATE] = self.state()
         return found
 
     def state(self) -> Tensor:
-        """Structure, averages and step as a vector of bytes; of final ranks that were loaded, these alone."""
-        if isinstance(self.method, Grown):
-            return pack({"ranks": self.ranks()})
+        """Structure, averages and step as a vector of bytes; of final ranks that were loaded, these and the step."""
+        if self.final:
+            return pack({"ranks": self.ranks(), "step": self.step, "skipped": self.skipped})
         return pack(
             {
                 "step": self.step,
@@ -168,8 +180,10 @@ class Adapter:
             )
 
     def _restore_finished(self, ranks: dict[str, int]) -> None:
-        if self.step == 0 and self.ranks() == ranks:  # only values are new
-            return
+        if self.step or self.ranks() != ranks:  # else only values are new
+            self._make_final(ranks)
+
+    def _make_final(self, ranks: dict[str, int]) -> None:
         trains = self.bank.like.requires_grad
         settings = {**self.config.settings(), "init_rank": 1, "target_rank": 1}
         self._make(Grown(**settings, seed=self.method.seed, given=ranks), [self.bank.like])
@@ -182,25 +196,28 @@ class Adapter:
         Raises:
             UserError: it is of other matrices or settings.
         """
-        final = state.get("ranks")
-        theirs = state["method"]["structure"]["matrices"] if final is None else final
-        if list(theirs) != list(self.shapes):
+        theirs = matrices_of(state)
+        if theirs != list(self.shapes):
             odd = sorted(set(theirs) ^ set(self.shapes)) or ["their order"]
             raise Refused(
                 f"the state that is loaded has other matrices than `{self.name}` of this model, e.g. {odd[0]}: give "
                 "both the same base model and `target_modules`"
             )
-        if final is not None:
-            if not (isinstance(self.method, Grown) and self.ranks() == final):
-                self._restore_finished(final)
+        if "ranks" in state:
+            if not (self.final and self.ranks() == state["ranks"]):
+                self._make_final(state["ranks"])
+            self.step, self.skipped = state.get("step", 0), state.get("skipped", 0)  # absent from earlier versions
+            if self.planned:
+                self.method.order.next = self.step
             return
-        if isinstance(self.method, Grown) or not self.planned or self.method.order.total_steps != state["total_steps"]:
+        if self.final or not self.planned or self.method.order.total_steps != state["total_steps"]:
             trains = self.bank.like.requires_grad
             self._make(IncreLoRA(**self.config.settings()), [self.bank.like])
             self.plan(state["total_steps"])
             self.bank.requires_grad_(trains)
         self.method.seed = state["seed"]
-        self.method.load_state_dict(state["method"])
+        with in_words_of_peft():
+            self.method.load_state_dict(state["method"])
         self.step, self.skipped = state["step"], state["skipped"]
 
     def _rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +237,18 @@ class Adapter:
         return rows
 
 
-def modules_with_three_dimensions(model: nn.Module) -> list[str]:
+def matrices_of(state: Mapping[str, Any]) -> list[str]:
+    """The names of the matrices of a state, in model order."""
+    return list(state["ranks"] if "ranks" in state else state["method"]["structure"]["matrices"])
+
+
+def fused_experts(model: nn.Module) -> list[str]:
     """Parameters that hold the matrices of several experts in one tensor, which no adapter of layers reaches."""
-    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    convolutions = (nn.Conv1d, nn.ConvTranspose1d, parametrize.ParametrizationList)  # of a convolution, most likely
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if not isinstance(module, convolutions)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and 1 not in parameter.shape  # position embeddings are (1, n, d)
+    ]

@@ -1,5 +1,6 @@
 """A saved adapter as a plain LoRA, for a PEFT, or a server, that does not know IncreLoRA."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,17 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 
 from increlora.bank import Bank
 from increlora.components import STATE
 from increlora.errors import UserError
 from increlora.integrations.packed import unpack
-from increlora.integrations.peft.adapter import FACTORS, Adapter
+from increlora.integrations.peft.adapter import FACTORS, Adapter, matrices_of
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import AdapterUpdate
 from increlora.integrations.peft.model import OWN
-from increlora.integrations.peft_export import plain_lora, save_tensors, whole
+from increlora.integrations.peft_export import plain_lora, refuse_taken_for_experts, save_tensors, whole
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -51,7 +53,8 @@ def export_lora(
         The rank of every matrix in the LoRA before it was filled up.
 
     Raises:
-        UserError: there is no IncreLoRA adapter, it is damaged, a rank is above `pad_to`, or `folder` is not empty.
+        UserError: there is no IncreLoRA adapter, it is damaged, a rank is above `pad_to`, `folder` is not empty, or
+            PEFT would drop a part of the LoRA (known where the base model's configuration is on this machine).
     """
     adapter, folder = Path(adapter), Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -69,9 +72,19 @@ def export_lora(
         base_model_name_or_path=config.base_model_name_or_path, modules_to_save=config.modules_to_save,
         fan_in_fan_out=config.fan_in_fan_out,
     )  # fmt: skip
+    refuse_taken_for_experts(lora, _config_of_base(config))
     with whole(folder) as made_folder:
         save_tensors(lora, tensors | others, made_folder)
     return {name: len(A) for name, (A, _) in factors.items()}
+
+
+def _config_of_base(config: IncreLoraConfig) -> PretrainedConfig | None:
+    """The configuration of the base model, where this machine has it."""
+    with contextlib.suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(
+            config.base_model_name_or_path, revision=config.revision or "main", local_files_only=True
+        )
+    return None
 
 
 def _read(folder: Path) -> tuple[IncreLoraConfig, dict[str, Tensor], dict[str, Tensor]]:
@@ -101,5 +114,4 @@ def _shapes(own: dict[str, Tensor]) -> dict[str, Shape]:
     shapes = {name: Shape(B[name].shape[0], A[name].shape[1]) for name in sorted(set(A) & set(B))}
     if STATE not in own:
         return shapes
-    in_order = unpack(own[STATE])["method"]["structure"]["matrices"]
-    return {name: shapes[name] for name in in_order if name in shapes}
+    return {name: shapes[name] for name in matrices_of(unpack(own[STATE])) if name in shapes}

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from increlora.components import STATE
 from increlora.integrations.packed import unpack
-from increlora.integrations.peft.adapter import FACTORS, Adapter, modules_with_three_dimensions
+from increlora.integrations.peft.adapter import FACTORS, Adapter, fused_experts
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import BASE, IncreLoraLayer, Linear
 from increlora.integrations.peft_export import IN_FILE
@@ -155,7 +155,7 @@ class IncreLoraModel(BaseTuner):
             config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
 
     def _name_what_is_left_out(self, model: nn.Module) -> None:
-        names = sorted({re.sub(r"\b\d+\b", "N", name) for name in modules_with_three_dimensions(model)})
+        names = sorted({re.sub(r"\b\d+\b", "N", name) for name in fused_experts(model)})
         if names:
             warnings.warn(
                 f"{', '.join(names)}: several matrices in one tensor (fused experts), which are not adapted; every "
