@@ -351,8 +351,9 @@ class IncreLoRA(Method):
         late = [watcher.linear.name for watcher in self.watchers if watcher.late]
         if late:
             raise UserError(
-                f"{late[0]} got gradients after the backward passes that begin_step announced: give it their number, "
-                "`micro_batches` (with activation checkpointing: times the uses of a layer); a larger one does no harm"
+                f"{late[0]} got gradients after the backward passes that were announced: raise `micro_batches` of "
+                "begin_step to their number (with activation checkpointing: times the uses of a layer); a larger one "
+                "does no harm"
             )
         if not self.bank.passed and not any(watcher.took_part for watcher in self.watchers):
             raise UserError(

@@ -19,7 +19,7 @@ from transformers import (
 
 from increlora import Growth, IncreLoRA, IncreLoRACallback
 from increlora.errors import UserError
-from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig, attach
+from increlora.integrations.peft import IncreLoraCallback, IncreLoraConfig, attach, export_lora
 
 STEPS, WARMUP, RATE, DECAY = 30, 4, 2e-2, 0.01
 GROWTH = {"target_r": 4, "deltaT": 3, "tinit": 3, "seed": 5}
@@ -142,7 +142,8 @@ def test_a_compiled_model_grows_as_another_and_is_compiled_once(expected):
 
 def trainer(folder: Path, model, callbacks, **more) -> Trainer:
     args = TrainingArguments(
-        str(folder), max_steps=STEPS, learning_rate=RATE, weight_decay=DECAY, warmup_steps=WARMUP, report_to="none",
+        str(folder), max_steps=more.pop("max_steps", STEPS), learning_rate=RATE, weight_decay=DECAY,
+        warmup_steps=WARMUP, report_to="none",
         per_device_train_batch_size=8, logging_steps=1, save_steps=10, disable_tqdm=True, use_cpu=True,
         **{key: more.pop(key) for key in ("lr_scheduler_type", "gradient_checkpointing") if key in more},
     )  # fmt: skip
@@ -230,6 +231,38 @@ def test_a_finished_adapter_trains_on_at_its_ranks_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match="was loaded with final ranks: it trains on, and does not grow"):
         losses = more.train(range(STEPS))
     assert more.training.ranks() == run.training.ranks() and losses[-1] < losses[0]
+
+
+def test_a_finished_adapter_trains_on_in_trainers_of_other_lengths_and_resumes_to_the_same_bits(tmp_path):
+    run = Run()
+    run.train(range(STEPS))
+    run.model.save_pretrained(tmp_path / "first")  # its `total_step` is 30
+
+    def again(name: str, steps: int) -> tuple[Trainer, IncreLoraCallback]:
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / "first", is_trainable=True)
+        callback = IncreLoraCallback()
+        return trainer(tmp_path / name, loaded, [callback], max_steps=steps), callback
+
+    with pytest.warns(UserWarning, match="was loaded with final ranks"):
+        whole, callback = again("second", 20)
+        whole.train()
+        parted, resumed = again("second", 20)
+        parted.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-10"))
+        assert resumed.training.step == 20 and resumed.training.ranks() == run.training.ranks()
+        for mine, other in zip(resumed.training.bank.parameters(), callback.training.bank.parameters(), strict=True):
+            assert torch.equal(mine, other)
+        export_lora(tmp_path / "second" / "checkpoint-10", tmp_path / "lora")
+
+        # a second Trainer on the same model begins another run
+        third = IncreLoraCallback()
+        trainer(tmp_path / "third", whole.model, [third], max_steps=10).train()
+    assert third.training.step == 10
+    whole.model.save_pretrained(tmp_path / "third" / "end")
+    PeftModel.from_pretrained(llama(), tmp_path / "third" / "end")
+
+    # one that grew in this process is not at the start of a run
+    with naming("another Trainer"), pytest.raises(UserError, match="to train on at its ranks, save it and load it"):
+        trainer(tmp_path / "fourth", run.model, [IncreLoraCallback()], max_steps=STEPS).train()
 
 
 def test_several_adapters_are_in_one_model_and_one_trains():
@@ -491,7 +524,7 @@ def other_settings(tmp: Path) -> None:
 def test_what_cannot_be_right_is_refused(tmp_path):
     for refused, match in (
         (step_without_a_forward, "no gradient has reached the adapter `default`"),
-        (more_micro_batches_than_were_said, "got gradients after the backward passes that begin_step announced"),
+        (more_micro_batches_than_were_said, "announced: raise `gradient_accumulation_steps` of attach"),
         (lambda: attach(*model_and_optimizer()), "how long is the run\\? Give `total_step`"),
         (lambda: model_and_optimizer(total_step=8), "the growth schedule does not fit"),
         (lambda: attach(llama(), model_and_optimizer()[1]), "has no IncreLoRA adapter"),
@@ -503,11 +536,13 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         (an_optimizer_made_too_early, "make it after get_peft_model"),
         (lambda: Run().train(range(STEPS + 1)), f"all {STEPS} steps of the run are done"),
         (lambda: IncreLoraConfig(target_r=0), "`target_r` must be a whole number above 0"),
+        (lambda: IncreLoraConfig(tinit=2.5), "`tinit` must be a whole number, 0 or more, it is 2.5"),
+        (lambda: attach(*model_and_optimizer(), total_step=30.0), "`total_step` must be a whole number of steps above"),
         (lambda: IncreLoraConfig(lora_dropout=1.0), "`lora_dropout` must be in \\[0, 1\\)"),
         (lambda: model_and_optimizer(total_step=STEPS, init_r=5), "Raise `target_r` or lower `init_r`"),
         (lambda: get_peft_model(llama(), IncreLoraConfig(target_modules=["embed_tokens"])), "is a Embedding, and only"),
         (lambda: other_matrices(tmp_path / "matrices"), "has other matrices than `default` of this model"),
-        (lambda: other_settings(tmp_path / "settings"), "trained with other settings: `alpha` 32.0 there, 8"),
+        (lambda: other_settings(tmp_path / "settings"), "trained with other settings: `lora_alpha` 32.0 there, 8"),
     ):
         with naming(match), pytest.raises((UserError, ValueError), match=match):
             refused()

@@ -145,7 +145,7 @@ def test_a_forward_before_begin_step_and_gradients_that_were_not_announced_are_r
     growth.begin_step(1)
     for _ in range(2):
         (loss_of(growth.model) / 2).backward()
-    refused("got gradients after the backward passes that begin_step announced", growth.before_step)
+    refused("announced: raise `micro_batches` of begin_step to their number", growth.before_step)
 
 
 def bert_of(model):

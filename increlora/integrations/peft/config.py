@@ -13,6 +13,8 @@ PEFT_TYPE = "INCRELORA"
 WORDS = {
     "target_rank": "target_r", "init_rank": "init_r", "interval": "deltaT", "init_warmup": "tinit",
     "alpha": "lora_alpha", "dropout": "lora_dropout", "orth_weight": "orth_reg_weight", "total_steps": "total_step",
+    "`micro_batches` of begin_step": "`gradient_accumulation_steps` of attach",
+    "method.param_groups(model)": "model.parameters()",
 }  # fmt: skip
 GROWTHS = 20  # times `deltaT` is the first half of training, where it is not given
 
@@ -99,6 +101,8 @@ class IncreLoraConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f"`{name}` must be a whole number above 0, it is {value!r}")
+        if self.tinit is not None and not (type(self.tinit) is int and self.tinit >= 0):
+            raise ValueError(f"`tinit` must be a whole number, 0 or more, it is {self.tinit!r}")
         self.settings()
 
     def settings(self) -> dict[str, Any]:

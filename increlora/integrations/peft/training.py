@@ -22,7 +22,7 @@ from increlora.integrations.growth import (
     refuse_sharding,
     scaler_under_way,
 )
-from increlora.integrations.peft.adapter import Adapter, Grown
+from increlora.integrations.peft.adapter import Adapter
 from increlora.integrations.peft.config import Refused, in_words_of_peft
 from increlora.integrations.peft.model import LIVE, IncreLoraModel
 from increlora.schedule import multiplier
@@ -85,7 +85,7 @@ class Training:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, total_step: int | None, warmup_steps: int,
-        linear: bool, micro_batches: int, scaler: torch.amp.GradScaler | None,
+        linear: bool, micro_batches: int, scaler: torch.amp.GradScaler | None, begins: bool = True,
     ):  # fmt: skip
         self.tuner = tuner_of(model)
         self.adapter = adapter = _trained(self.tuner)
@@ -95,13 +95,15 @@ class Training:
         if isinstance(optimizer, AcceleratedOptimizer):
             prepared: Any = optimizer
             optimizer, scaler = prepared.optimizer, scaler or prepared.scaler
+        if total_step is not None and not (type(total_step) is int and total_step > 0):
+            raise Refused(f"`total_step` must be a whole number of steps above 0, it is {total_step!r}")
         if type(warmup_steps) is not int or warmup_steps < 0:
             raise Refused(f"`warmup_steps` must be a whole number of steps, 0 or more, it is {warmup_steps!r}")
         self.optimizer, self.warmup_steps, self.linear = optimizer, warmup_steps, linear
         self.micro_batches, self.scaler = micro_batches, scaler
         self._refuse_shared()
         self._agree(total_step)
-        self._plan(total_step)
+        self._plan(total_step, begins)
         self.method, self.bank = adapter.method, adapter.bank
         self._hold_all()
         self.begun = self.arrived = self.finite = False
@@ -180,13 +182,16 @@ class Training:
         if not adapter.planned:
             adapter.method.seed = distributed.gather(adapter.method.seed)[0]
 
-    def _plan(self, total_step: int | None) -> None:
+    def _plan(self, total_step: int | None, begins: bool) -> None:
         adapter = self.adapter
-        planned = adapter.method.order.total_steps if adapter.planned else adapter.config.total_step
-        total = total_step or planned
+        if adapter.final and adapter.over and begins:  # another run at these ranks
+            adapter.step, adapter.skipped, adapter.planned = 0, 0, False
+        told = adapter.config.total_step  # of the run in which ranks grow
+        planned = adapter.method.order.total_steps if adapter.planned else None if adapter.final else told
+        total = total_step or planned or told
         if total is None:
             raise Refused("how long is the run? Give `total_step`, in IncreLoraConfig or here: its optimizer steps")
-        if isinstance(adapter.method, Grown):
+        if adapter.final:
             warnings.warn(
                 f"the adapter `{adapter.name}` was loaded with final ranks: it trains on, and does not grow",
                 stacklevel=4,
@@ -235,7 +240,8 @@ class Training:
             return
         method = self.method
         scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
-        method.begin_step(self.step, self.micro_batches, scale)
+        with in_words_of_peft():
+            method.begin_step(self.step, self.micro_batches, scale)
         self.pending = {}
         with torch.enable_grad():
             penalty = method.extra_loss()
@@ -306,7 +312,8 @@ class Training:
         self.finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         if self.finite:
             grown = len(self.method.allocations)
-            self.method.before_step(self.step)
+            with in_words_of_peft():
+                self.method.before_step(self.step)
             if len(self.method.allocations) > grown and any(
                 r != self.ranks() for r in distributed.gather(self.ranks())
             ):
@@ -456,18 +463,20 @@ class IncreLoraCallback(TrainerCallback):
         if kind in SHARDED or args.n_gpu > 1:
             raise Refused(f"the Trainer runs with {kind.value}, and {args.n_gpu} GPUs in this process. {UNSHARDED}")
         warmup = args.get_warmup_steps(state.max_steps)
-        self.training = attach(
-            parts["model"], optimizer.optimizer, total_step=state.max_steps, warmup_steps=warmup,
-            linear=_is_linear(parts.get("lr_scheduler"), state.max_steps, warmup),
-            gradient_accumulation_steps=args.gradient_accumulation_steps, scaler=optimizer.scaler,
+        self.training = Training(
+            parts["model"], optimizer.optimizer, state.max_steps, warmup,
+            _is_linear(parts.get("lr_scheduler"), state.max_steps, warmup), args.gradient_accumulation_steps,
+            optimizer.scaler, begins=state.global_step == 0,
         )  # fmt: skip
-        stands = self.training.step + self.training.adapter.skipped
+        adapter = self.training.adapter
+        stands = adapter.step + adapter.skipped
         if state.global_step != stands:
             raise Refused(
-                f"the Trainer begins at step {state.global_step}, the adapter stands at {stands}: resume "
-                "from a checkpoint (resume_from_checkpoint=True), or make a fresh adapter"
+                f"the Trainer begins at step {state.global_step}, the adapter stands at {stands}: resume from a "
+                "checkpoint (resume_from_checkpoint=True), or make a fresh adapter"
+                + ("; to train on at its ranks, save it and load it (is_trainable=True)" if adapter.over else "")
             )
-        self.training.adapter.in_checkpoints = True
+        adapter.in_checkpoints = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
