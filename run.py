@@ -65,6 +65,7 @@ def train(cfg: DictConfig, run: dict, run_dir: Path, resolved: dict) -> tuple[di
     model = backbone.model(task.num_labels, task.head_dropout)
     with config.readable_errors(cfg.method):
         method.prepare(model, settings.total_steps(len(data.train)))
+    backbone.refuse_frozen_head(model)
     code, inputs = machine.code_state(str(device)), identity.inputs(task, backbone, method)
     same = identity.of_checkpoint(resolved, inputs, distributed.processes())
     commit = f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}"

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class Backbone:
     revision: str | None = None
     seed: int = 0
     max_length: int = 512
+    drawn: list[str] = field(default_factory=list, init=False, repr=False)  # the head's parameters that are random
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -118,6 +119,19 @@ class Backbone:
         self._set_head_dropout(model, head_dropout)
         self._draw_head(model, absent)
         return _in_fp32(model)
+
+    def refuse_frozen_head(self, model: nn.Module) -> None:
+        """Refuse a model whose method leaves a part of the head at the random values that `model` drew.
+
+        Raises:
+            UserError: it does.
+        """
+        frozen = [name for name in self.drawn if not model.get_parameter(name).requires_grad]
+        if frozen:
+            raise UserError(
+                f"method.head does not match {', '.join(frozen)}, and no pretrained weights bring it:\n"
+                "at random values, it would be neither trained nor saved; leave method.head as it is"
+            )
 
     def inputs(self) -> dict[str, str]:
         """Digests (sha256) of the files that decide what the encoder is, by name: its weights, or its config.json.
@@ -247,7 +261,7 @@ class Backbone:
     @torch.no_grad()
     def _draw_head(self, model: "PreTrainedModel", absent: set[str]) -> None:
         """Draw the classifier and `absent`: matrices from N(0, initializer_range^2), scales 1, biases 0."""
-        drawn = sorted(_classifier(model) | absent)
+        self.drawn = drawn = sorted(_classifier(model) | absent)
         loose = [name for name in drawn if not re.fullmatch(self.head, name)]
         if loose:
             raise UserError(

@@ -74,6 +74,7 @@ ERRORS = {
     "no network for data": (["backbone=tiny", "task=rte"], "task.data_dir=DIR"),
     "no such folder": (["backbone=tiny", "task=rte", "task.data_dir=nowhere"], "nowhere: no such folder"),
     "no such matrix": ([*SMALL, "method.matrices=[quary]"], "quary; the backbone has: query, key"),
+    "a head that stays at random": ([*SMALL, "method.head=null"], "method.head does not match classifier.bias"),
     "budget below the initial rank": ([*SMALL, "method.init_rank=3"], "target_rank 2 < init_rank 3"),
     "last growth after the last step": (
         [*SMALL, "method.top_h=1"],

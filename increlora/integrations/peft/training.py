@@ -81,11 +81,15 @@ def attach(
 
 
 class Training:
-    """What `attach` gives: `ranks()`, and `step`, the optimizer steps taken."""
+    """What `attach` gives: `ranks()`, and `step`, the optimizer steps taken.
+
+    Args:
+        at: the step at which the loop stands; None: not known.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, total_step: int | None, warmup_steps: int,
-        linear: bool, micro_batches: int, scaler: torch.amp.GradScaler | None, begins: bool = True,
+        linear: bool, micro_batches: int, scaler: torch.amp.GradScaler | None, at: int | None = None,
     ):  # fmt: skip
         self.tuner = tuner_of(model)
         self.adapter = adapter = _trained(self.tuner)
@@ -103,7 +107,7 @@ class Training:
         self.micro_batches, self.scaler = micro_batches, scaler
         self._refuse_shared()
         self._agree(total_step)
-        self._plan(total_step, begins)
+        self._plan(total_step, at)
         self.method, self.bank = adapter.method, adapter.bank
         self._hold_all()
         self.begun = self.arrived = self.finite = False
@@ -182,9 +186,9 @@ class Training:
         if not adapter.planned:
             adapter.method.seed = distributed.gather(adapter.method.seed)[0]
 
-    def _plan(self, total_step: int | None, begins: bool) -> None:
+    def _plan(self, total_step: int | None, at: int | None) -> None:
         adapter = self.adapter
-        if adapter.final and adapter.over and begins:  # another run at these ranks
+        if adapter.final and (at == 0 or (at is None and adapter.over)):  # another run at these ranks
             adapter.step, adapter.skipped, adapter.planned = 0, 0, False
         told = adapter.config.total_step  # of the run in which ranks grow
         planned = adapter.method.order.total_steps if adapter.planned else None if adapter.final else told
@@ -466,7 +470,7 @@ class IncreLoraCallback(TrainerCallback):
         self.training = Training(
             parts["model"], optimizer.optimizer, state.max_steps, warmup,
             _is_linear(parts.get("lr_scheduler"), state.max_steps, warmup), args.gradient_accumulation_steps,
-            optimizer.scaler, begins=state.global_step == 0,
+            optimizer.scaler, at=state.global_step,
         )  # fmt: skip
         adapter = self.training.adapter
         stands = adapter.step + adapter.skipped
