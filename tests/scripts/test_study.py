@@ -182,6 +182,20 @@ def test_readme_says_of_table_2_what_its_runs_say():
     assert f"within {study_c.MARGIN} points without advance learning and without restart warmup" in page
 
 
+def test_readme_says_of_little_data_what_its_runs_say():
+    study = study_c.Study(
+        selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
+    )
+    first, second = study_c.outcomes(study, "low resource")
+    assert first.word == second.word == "undecided"  # the second is not made after the first
+    below = -np.mean(list(study.over_lora(data=0.04).values()))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"on 2 % of train (115 examples) the mean is {below:.1f} points *below* LoRA's" in page
+    found = comparison.interval(first.values, method="t")
+    told = f"{-np.mean(first.values):.2f} points *smaller* on 2 % than on 50 % [{found.low:.2f}, {found.high:.2f}]"
+    assert told in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     write(tmp_path, "stsb", "uniform", 47, 0.5)
     write(tmp_path / "copy", "stsb", "uniform", 47, 0.6)
