@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,9 @@ class Backbone:
     revision: str | None = None
     seed: int = 0
     max_length: int = 512
-    drawn: list[str] = field(default_factory=list, init=False, repr=False)  # the head's parameters that are random
 
     def __post_init__(self) -> None:
+        self.drawn: list[str] = []  # the parameters that `model` drew at random, by name
         check_numbers(self)
         check_patterns({"head": self.head, **{f"kinds.{kind}": pattern for kind, pattern in self.kinds.items()}})
         if self.weights not in ("pretrained", "random"):

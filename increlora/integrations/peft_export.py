@@ -338,6 +338,18 @@ def _load_base(model: nn.Module, name: str | None, revision: str | None) -> nn.M
             logging.enable_progress_bar()
 
 
+def config_of_base(name: str | None, revision: str | None) -> Any:
+    """The configuration of a base model; None if this machine does not have it, or it needs code of its own."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(OSError, ValueError):
+        if name:
+            return AutoConfig.from_pretrained(
+                name, revision=revision or "main", local_files_only=True, trust_remote_code=False
+            )
+    return None
+
+
 def _pattern(name: str, matrices: Iterable[str]) -> str:
     """The matrix in PEFT's patterns, which match the ends of names; anchored where another name ends alike."""
     return f"^{name}" if any(other.endswith(f".{name}") for other in matrices) else name

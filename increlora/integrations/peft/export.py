@@ -1,6 +1,5 @@
 """A saved adapter as a plain LoRA, for a PEFT, or a server, that does not know IncreLoRA."""
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from increlora.bank import Bank
 from increlora.components import STATE
@@ -20,7 +18,7 @@ from increlora.integrations.peft.adapter import FACTORS, Adapter, matrices_of
 from increlora.integrations.peft.config import IncreLoraConfig, Refused
 from increlora.integrations.peft.layer import AdapterUpdate
 from increlora.integrations.peft.model import OWN
-from increlora.integrations.peft_export import plain_lora, refuse_taken_for_experts, save_tensors, whole
+from increlora.integrations.peft_export import config_of_base, plain_lora, refuse_taken_for_experts, save_tensors, whole
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -72,19 +70,10 @@ def export_lora(
         base_model_name_or_path=config.base_model_name_or_path, modules_to_save=config.modules_to_save,
         fan_in_fan_out=config.fan_in_fan_out,
     )  # fmt: skip
-    refuse_taken_for_experts(lora, _config_of_base(config))
+    refuse_taken_for_experts(lora, config_of_base(config.base_model_name_or_path, config.revision))
     with whole(folder) as made_folder:
         save_tensors(lora, tensors | others, made_folder)
     return {name: len(A) for name, (A, _) in factors.items()}
-
-
-def _config_of_base(config: IncreLoraConfig) -> PretrainedConfig | None:
-    """The configuration of the base model, where this machine has it."""
-    with contextlib.suppress(OSError, ValueError):
-        return AutoConfig.from_pretrained(
-            config.base_model_name_or_path, revision=config.revision or "main", local_files_only=True
-        )
-    return None
 
 
 def _read(folder: Path) -> tuple[IncreLoraConfig, dict[str, Tensor], dict[str, Tensor]]:
