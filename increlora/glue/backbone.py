@@ -126,7 +126,8 @@ class Backbone:
         Raises:
             UserError: it does.
         """
-        frozen = [name for name in self.drawn if not model.get_parameter(name).requires_grad]
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        frozen = [name for name in self.drawn if name not in trained]
         if frozen:
             raise UserError(
                 f"method.head does not match {', '.join(frozen)}, and no pretrained weights bring it:\n"

@@ -150,8 +150,13 @@ def test_readme_says_of_study_a_what_its_runs_say():
     assert f"equal ranks from the start score {-last.mean:.2f} [{-high:.2f}, {-low:.2f}] points *more*" in page
 
 
-def test_readme_says_of_figure_4_what_its_runs_say():
-    runs = selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
+@pytest.fixture(scope="module")
+def runs() -> list[dict]:
+    """The committed runs of study C."""
+    return selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
+
+
+def test_readme_says_of_figure_4_what_its_runs_say(runs):
     study = study_c.Study(runs)
     over_all, falling = study_c.outcomes(study, "Figure 4")
     assert over_all.word == falling.word == "supported"
@@ -171,8 +176,7 @@ def test_readme_says_of_figure_4_what_its_runs_say():
     assert claims.count(said.replace("0.", ".")) == 2  # a row for each test
 
 
-def test_readme_says_of_table_2_what_its_runs_say():
-    runs = selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
+def test_readme_says_of_table_2_what_its_runs_say(runs):
     found = {outcome.question: outcome for outcome in study_c.outcomes(study_c.Study(runs), "Table 2")}
     assert {question: outcome.word for question, outcome in found.items()} == {
         "orthogonality": "undecided", "advance learning": "no effect", "restart warmup": "no effect",
@@ -182,15 +186,15 @@ def test_readme_says_of_table_2_what_its_runs_say():
     assert f"within {study_c.MARGIN} points without advance learning and without restart warmup" in page
 
 
-def test_readme_says_of_little_data_what_its_runs_say():
-    study = study_c.Study(
-        selection.of_experiment(result_files.load_runs(ROOT / "results" / "runs"), study_c.EXPERIMENT)
-    )
+def test_readme_says_of_little_data_what_its_runs_say(runs):
+    study = study_c.Study(runs)
     first, second = study_c.outcomes(study, "low resource")
     assert first.word == second.word == "undecided"  # the second is not made after the first
-    below = -np.mean(list(study.over_lora(data=0.04).values()))
+    over = list(study.over_lora(data=0.04).values())
+    below, around = -np.mean(over), comparison.interval(over, method="t")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"on 2 % of train (115 examples) the mean is {below:.1f} points *below* LoRA's" in page
+    number = f"{below:.1f} [{-around.high:.1f}, {-around.low:.1f}]"
+    assert f"on 2 % of train (115 examples) the mean is {number} points *below* LoRA's" in page
     found = comparison.interval(first.values, method="t")
     told = f"{-np.mean(first.values):.2f} points *smaller* on 2 % than on 50 % [{found.low:.2f}, {found.high:.2f}]"
     assert told in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
